@@ -1,0 +1,34 @@
+# Every target sets up what it needs in .venv first; nothing has to be installed by hand.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CSRC := $(wildcard csrc/*)
+
+.PHONY: quickstart test style bench clean
+
+# The main job on a real model: calibrate, initialise, fine-tune, compare with LoRA, save, reload.
+quickstart: $(VENV)/.installed
+	$(BIN)/lora-null quickstart $(ARGS)
+
+# Everything that must hold, without a GPU; the tests of the CUDA kernels run where a device is.
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+# What a change must pass before review.
+style: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[style]" --no-build-isolation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and by its exact version: the extension is compiled against it.
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt $(CSRC)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt) setuptools==$$(sed -n 's/^setuptools==//p' constraints.txt) wheel ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[test,bench,quickstart]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lora_null/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

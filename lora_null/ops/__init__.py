@@ -1,0 +1,1 @@
+"""Differentiable operations on tensors, their plain-torch references and the choice between implementations."""
