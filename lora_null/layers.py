@@ -1,0 +1,189 @@
+"""A linear layer with a low-rank adapter, made from an existing ``nn.Linear`` in place."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+
+class LowRankFactor(nn.Module):
+    """One factor of an adapter, held as ``weight``.
+
+    A module of its own rather than a bare parameter: the names in a state dict are then PEFT's
+    (``lora_A.weight``), and hooks that move, gather or offload the base layer's own parameters leave it alone.
+    """
+
+    def __init__(self, weight: Tensor, trainable: bool):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=trainable)
+
+    def extra_repr(self) -> str:
+        """Show the shape, as torch's layers do."""
+        return f"{tuple(self.weight.shape)}, trainable={self.weight.requires_grad}"
+
+
+class LoraNullLinear(nn.Linear):
+    """``y = x W^T + bias + s (x A^T) B^T`` with ``W (m, d)``, ``A (r, d)``, ``B (m, r)``.
+
+    Instances are made by :func:`attach_adapter`, which changes the class of an existing layer: parameters,
+    hooks, state-dict names and every reference to the module stay as they are. Without ``initial_A`` and
+    ``initial_B`` the base weight is the pre-trained one. With them it is ``W - s B0 A0``, and
+    ``delta_weight`` is measured from them.
+
+    Attributes:
+        lora_A: Down-projection factor; its ``weight`` is ``(r, d)``.
+        lora_B: Up-projection factor; its ``weight`` is ``(m, r)``.
+        initial_A: ``A0`` where the base is shifted, else ``None``.
+        initial_B: ``B0`` where the base is shifted, else ``None``.
+        scaling: The factor ``s``.
+        lora_dropout: Dropout probability on the adapter's input while training.
+        adapter_enabled: ``False`` gives the pre-trained layer, on a shifted base too.
+    """
+
+    lora_A: LowRankFactor
+    lora_B: LowRankFactor
+    initial_A: LowRankFactor | None
+    initial_B: LowRankFactor | None
+    scaling: float
+    lora_dropout: float
+    adapter_enabled: bool
+
+    @property
+    def r(self) -> int:
+        """Rank of the adapter."""
+        return self.lora_A.weight.shape[0]
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the base weight is ``W - s B0 A0`` instead of the pre-trained ``W``."""
+        return self.initial_A is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x (..., d)`` to ``(..., m)``."""
+        factors = (self.lora_A, self.lora_B) if self.adapter_enabled else (self.initial_A, self.initial_B)
+        if factors[0] is None or factors[1] is None:
+            return super().forward(x)
+        lora_A, lora_B = factors[0].weight, factors[1].weight
+        dropout = self.lora_dropout if self.training and self.adapter_enabled else 0.0
+        if _base_class(type(self)) is nn.Linear:
+            return ops.lora_linear(
+                x, self.weight, lora_A, lora_B, scaling=self.scaling, bias=self.bias, dropout=dropout
+            )
+        # A quantised or otherwise special base keeps its own product; only the low-rank term is ours.
+        adapted = nn.functional.dropout(x, dropout) if dropout else x
+        low_rank = (adapted @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
+        return super().forward(x) + self.scaling * low_rank
+
+    @torch.no_grad()
+    def low_rank_delta(self) -> tuple[Tensor, Tensor]:
+        """Return ``(A, B)`` in fp32 with ``B A`` equal to the change of the pre-trained weight, scaling folded in.
+
+        On the untouched base these are ``A (r, d)`` and ``s B (m, r)``. On the shifted base they have rank
+        ``2 r``: ``[A ; A - A0]`` and ``s [B - B0 | B0]``. The usual ``[A ; A0]``, ``[B | -B0]`` is the same
+        product, but cancels when it is rounded: for an update of relative size 1e-3 the relative error in bf16
+        is 1.66 instead of 2e-3.
+        """
+        lora_A, lora_B = self.lora_A.weight.float(), self.lora_B.weight.float()
+        if self.initial_A is None or self.initial_B is None:
+            return lora_A, self.scaling * lora_B
+        initial_A, initial_B = self.initial_A.weight.float(), self.initial_B.weight.float()
+        stacked_A = torch.cat([lora_A, lora_A - initial_A])
+        stacked_B = torch.cat([lora_B - initial_B, initial_B], dim=1)
+        return stacked_A, self.scaling * stacked_B
+
+    def extra_repr(self) -> str:
+        """Add the adapter's figures to torch's line."""
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, shifted={self.shifted}"
+
+
+@cache
+def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
+    if base is nn.Linear:
+        return LoraNullLinear
+    return type(f"LoraNull{base.__name__}", (LoraNullLinear, base), {})
+
+
+@cache
+def _base_class(patched: type[LoraNullLinear]) -> type[nn.Linear]:
+    return nn.Linear if patched is LoraNullLinear else patched.__bases__[1]
+
+
+def _set_class(layer: nn.Module, new: type) -> None:
+    layer.__class__ = new
+    if "_old_forward" in layer.__dict__:
+        # accelerate keeps the bound forward of the class that it hooked.
+        layer._old_forward = types.MethodType(new.forward, layer)
+
+
+def attach_adapter(
+    linear: nn.Linear,
+    lora_A: Tensor,  # (r, d)
+    lora_B: Tensor,  # (m, r)
+    *,
+    scaling: float = 1.0,
+    train_a: bool = False,
+    lora_dropout: float = 0.0,
+    initial: tuple[Tensor, Tensor] | None = None,  # A0 (r, d), B0 (m, r)
+) -> LoraNullLinear:
+    """Turn ``linear`` into a :class:`LoraNullLinear` in place; its own parameters stop being trained.
+
+    The base weight is not changed here: with ``initial``, the caller has shifted it already.
+    """
+    if isinstance(linear, LoraNullLinear):
+        raise ValueError(
+            "The layer carries a lora_null adapter already. Merge it first (lora_null.merge), or start from a "
+            "freshly loaded model."
+        )
+    expected = (lora_A.shape[0], linear.in_features), (linear.out_features, lora_A.shape[0])
+    if (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
+        raise ValueError(
+            f"Factors of shape {tuple(lora_A.shape)} and {tuple(lora_B.shape)} do not fit a linear layer of "
+            f"{linear.in_features} inputs and {linear.out_features} outputs: expected (r, d) and (m, r)."
+        )
+    for parameter in linear.parameters():
+        parameter.requires_grad_(False)
+    _set_class(linear, _patched_class(type(linear)))
+    linear.lora_A = LowRankFactor(lora_A, trainable=train_a)
+    linear.lora_B = LowRankFactor(lora_B, trainable=True)
+    linear.initial_A = None if initial is None else LowRankFactor(initial[0], trainable=False)
+    linear.initial_B = None if initial is None else LowRankFactor(initial[1], trainable=False)
+    linear.scaling = float(scaling)
+    linear.lora_dropout = float(lora_dropout)
+    linear.adapter_enabled = True
+    return linear  # type: ignore[return-value]
+
+
+def detach_adapter(layer: LoraNullLinear) -> nn.Linear:
+    """Turn the layer back into the class it was made from, without touching its weight."""
+    for name in ("lora_A", "lora_B", "initial_A", "initial_B"):
+        delattr(layer, name)
+    for name in ("scaling", "lora_dropout", "adapter_enabled"):
+        del layer.__dict__[name]
+    _set_class(layer, _base_class(type(layer)))
+    return layer
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
+    """Return the adapted layers by module name, in the model's own order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraNullLinear)}
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Run the pre-trained model for the length of the block."""
+    layers = adapter_layers(model).values()
+    before = [layer.adapter_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapter_enabled = enabled
