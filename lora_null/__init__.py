@@ -27,7 +27,23 @@ _HOME = {
 }
 _MODULES = ("ops", "peft")
 
-__all__ = [*_HOME, *_MODULES, "__version__"]
+__all__ = [
+    "Covariances",
+    "LoraNullConfig",
+    "LoraNullLinear",
+    "NullSpace",
+    "__version__",
+    "calibrate",
+    "factorize",
+    "initialize",
+    "load_adapter",
+    "merge",
+    "null_space",
+    "null_spaces",
+    "ops",
+    "peft",
+    "save_adapter",
+]
 
 if TYPE_CHECKING:
     from . import ops, peft

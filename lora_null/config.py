@@ -31,9 +31,7 @@ class LoraNullConfig:
 
     r: int = _help("Rank of the adapters.", 128)
     lora_alpha: float | None = _help("Numerator of the scaling lora_alpha / r; defaults to r.", None)
-    target_modules: str | Sequence[str] = _help(
-        "all-linear, a regular expression or name suffixes.", ALL_LINEAR
-    )
+    target_modules: str | Sequence[str] = _help("all-linear, a regular expression or name suffixes.", ALL_LINEAR)
     freeze_a: bool = _help("Train lora_B only, on the untouched base.", True)
     lora_dropout: float = _help("Dropout on the adapter's input.", 0.0)
     seed: int = _help("Seed of every randomised step.", 0)

@@ -16,9 +16,7 @@ def output_head_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if head is not None and module is head} | {"lm_head"}
 
 
-def target_linears(
-    model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR
-) -> dict[str, nn.Linear]:
+def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
     """Select linear layers as PEFT does, by name.
 
     Args:

@@ -1,0 +1,318 @@
+"""Save, load and merge adapters. On disk they are plain PEFT LoRA adapters on the untouched base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import __version__
+from ._adapter_files import (
+    OWN_CONFIG,
+    PEFT_CONFIG,
+    WEIGHTS,
+    read_factors,
+    read_json,
+    replaced_folder,
+    tensor_names,
+    write_json,
+)
+from ._weights import fingerprint
+from .config import LoraNullConfig
+from .initialization import AdapterState, shift_base
+from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
+
+_FORMAT = 1
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Write the adapters of ``model`` as a PEFT adapter folder that needs nothing of this package to be used.
+
+    The rank is uniform and the scaling is folded into ``lora_B``, so that ``lora_alpha == r`` and every reader
+    (PEFT, vLLM, SGLang) applies the factor 1. With A frozen the rank on disk is ``r``. With A trained it is
+    ``2 r``, relative to the untouched base. A second file, ``lora_null.json``, lets
+    :func:`load_adapter` go on training; other readers ignore it.
+
+    Args:
+        model: A model patched by :func:`lora_null.initialize` or :func:`lora_null.load_adapter`.
+        path: The folder to make. It appears whole or not at all.
+        dtype: Of the tensors on disk; the default keeps fp32.
+        overwrite: Replace an existing adapter folder. A folder with other files in it is always refused.
+        base_model_name_or_path: Written for the reader's information; the default is the model's own name,
+            without the leading folders of an absolute path.
+
+    Raises:
+        ValueError: The model carries no adapter, or one that holds NaN or Inf.
+        FileExistsError: ``path`` exists and must not be replaced.
+    """
+    layers = _require_layers(model)
+    factors = {name: layer.low_rank_delta() for name, layer in layers.items()}
+    state = _state(model)
+    write_adapter(
+        Path(path),
+        factors,
+        target_modules=short_names(model, factors),
+        base_model_name_or_path=base_model_name_or_path or _base_name(model),
+        own=_own_config(state, layers),
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def write_adapter(
+    path: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],  # A (r, d), B (m, r), scaling folded in
+    *,
+    target_modules: Iterable[str],
+    base_model_name_or_path: str | None,
+    own: dict,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write factors and both configurations to the folder ``path``, atomically."""
+    from peft import LoraConfig, TaskType
+
+    ranks = {lora_A.shape[0] for lora_A, _ in factors.values()}
+    r = max(ranks)
+    tensors = {}
+    for name, (lora_A, lora_B) in factors.items():
+        if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+            raise ValueError(
+                f"The adapter of {name} holds NaN or Inf, so it was not saved. The training run diverged; lower the "
+                "learning rate and start again from an earlier checkpoint."
+            )
+        # Readers such as vLLM know one rank for the whole adapter; rows of zeros change nothing.
+        padding = r - lora_A.shape[0]
+        padded_A = nn.functional.pad(lora_A, (0, 0, 0, padding))
+        padded_B = nn.functional.pad(lora_B, (0, padding))
+        for key, tensor in zip(tensor_names(name), (padded_A, padded_B), strict=True):
+            tensors[key] = tensor.to("cpu", dtype or torch.float32).contiguous()
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=sorted(target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights=True,
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_model_name_or_path,
+        inference_mode=True,
+    ).to_dict()
+    # PEFT keeps target_modules as a set.
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    with replaced_folder(path, overwrite) as work:
+        save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
+        write_json(work / OWN_CONFIG, own)
+        write_json(work / PEFT_CONFIG, config)
+
+
+def load_adapter(
+    base_model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    is_trainable: bool = False,
+    adapter_dtype: torch.dtype = torch.float32,
+    verify_base: bool = True,
+) -> nn.Module:
+    """Attach a saved LoRA adapter, ours or any plain one in PEFT's format, to the untouched base model in place.
+
+    Args:
+        base_model: The pre-trained model that the adapter was trained on.
+        path: An adapter folder.
+        is_trainable: Go on training, in the mode that the adapter was trained in: with A frozen again, or on
+            the base shifted as before. The default freezes everything.
+        adapter_dtype: Of the factors in memory.
+        verify_base: Compare the base weights with the fingerprint saved with the adapter.
+
+    Returns:
+        The same model. Nothing is changed when an error is raised.
+
+    Raises:
+        FileNotFoundError: ``path`` is not an adapter folder.
+        ValueError: A file is damaged or foreign, or the adapter belongs to another model.
+    """
+    folder = Path(path)
+    peft_config = read_json(folder / PEFT_CONFIG)
+    scaling = _plain_scaling(folder, peft_config)
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
+    factors = read_factors(folder / WEIGHTS)
+    linears = _matching_linears(base_model, factors, folder)
+    base = fingerprint(linears)
+    if verify_base and base and own.get("base_fingerprint") and base != own["base_fingerprint"]:
+        raise ValueError(
+            f"{folder} was trained on other weights than those of this {type(base_model).__name__}: the shapes agree, "
+            "the values do not. Load the base model that the adapter was trained on "
+            f"({peft_config.get('base_model_name_or_path')!r}), unmerged and without other adapters, or pass "
+            "verify_base=False if the difference is intended."
+        )
+    config = LoraNullConfig.from_dict(own["config"]) if own else _config_of(peft_config)
+    shifted = bool(own) and not config.freeze_a and is_trainable
+    base_model.requires_grad_(False)
+    for name, linear in linears.items():
+        lora_A, lora_B = (factor.to(linear.weight.device, adapter_dtype) for factor in factors[name])
+        if shifted:
+            _resume_shifted(linear, lora_A, lora_B, config)
+            continue
+        attach_adapter(
+            linear,
+            lora_A,
+            lora_B,
+            scaling=scaling,
+            train_a=is_trainable and not config.freeze_a,
+            lora_dropout=config.lora_dropout,
+        )
+        linear.lora_B.requires_grad_(is_trainable)
+    base_model.lora_null_state = AdapterState(config, base, own.get("energies", {}))
+    return base_model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its weight, computed in fp32 and rounded once, and restore the plain layers.
+
+    Returns:
+        The same model, with nothing of this package left on it.
+    """
+    layers = _require_layers(model)
+    for name, layer in layers.items():
+        if not layer.weight.is_floating_point() or layer.weight.shape != (
+            layer.out_features,
+            layer.in_features,
+        ):
+            raise ValueError(
+                f"{name} is quantised ({layer.weight.dtype}), so an update cannot be added to its weight. Save the "
+                "adapter and merge it into the model loaded in floating point."
+            )
+    for layer in layers.values():
+        # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
+        shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
+        detach_adapter(layer)
+    if hasattr(model, "lora_null_state"):
+        del model.lora_null_state
+    return model
+
+
+def short_names(model: nn.Module, chosen: Iterable[str]) -> list[str]:
+    """Return last name components where they select exactly ``chosen`` among the linears, else whole names."""
+    chosen = set(chosen)
+    endings = {name.rsplit(".", 1)[-1] for name in chosen}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    selected = {name for name in linears if name.rsplit(".", 1)[-1] in endings}
+    return sorted(endings if selected == chosen else chosen)
+
+
+def _resume_shifted(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> None:
+    """Undo the stacking of ``low_rank_delta``: ``[A ; A - A0]`` and ``s [B - B0 | B0]``."""
+    r = lora_A.shape[0] // 2
+    trained_A, initial_A = lora_A[:r].clone(), lora_A[:r] - lora_A[r:]
+    initial_B = lora_B[:, r:] / config.scaling
+    trained_B = lora_B[:, :r] / config.scaling + initial_B
+    shift_base(linear, initial_A, initial_B, -config.scaling)
+    attach_adapter(
+        linear,
+        trained_A,
+        trained_B,
+        scaling=config.scaling,
+        train_a=True,
+        lora_dropout=config.lora_dropout,
+        initial=(initial_A, initial_B),
+    )
+
+
+def _require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
+    layers = adapter_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} carries no lora_null adapter. Expected a model returned by lora_null.initialize "
+            "or lora_null.load_adapter; for a PeftModel use lora_null.peft."
+        )
+    return layers
+
+
+def _state(model: nn.Module) -> AdapterState | None:
+    return getattr(model, "lora_null_state", None)
+
+
+def _own_config(state: AdapterState | None, layers: Mapping[str, LoraNullLinear]) -> dict:
+    some = next(iter(layers.values()))
+    config = state.config if state else LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r)
+    return own_config(config, state.base_fingerprint if state else None, state.energies if state else {})
+
+
+def own_config(config: LoraNullConfig, base_fingerprint: str | None, energies: Mapping[str, float]) -> dict:
+    """Return the contents of ``lora_null.json``."""
+    return {
+        "format": _FORMAT,
+        "version": __version__,
+        "config": config.to_dict(),
+        "base_fingerprint": base_fingerprint,
+        "energies": dict(energies),
+    }
+
+
+def _base_name(model: nn.Module) -> str | None:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return Path(name).name if name and os.path.isabs(name) else name
+
+
+def _config_of(peft_config: Mapping) -> LoraNullConfig:
+    return LoraNullConfig(
+        r=peft_config["r"],
+        lora_alpha=peft_config["lora_alpha"],
+        freeze_a=False,
+        lora_dropout=peft_config.get("lora_dropout", 0.0),
+    )
+
+
+def _plain_scaling(folder: Path, config: Mapping) -> float:
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("peft_type") != "LORA" or not isinstance(r, int) or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"{folder / PEFT_CONFIG} describes a {config.get('peft_type')!r} adapter with r={r!r}, "
+            f"lora_alpha={alpha!r}; expected a LoRA adapter. Load it with PEFT."
+        )
+    special = [
+        key for key in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
+    ]
+    if special or config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
+        raise ValueError(
+            f"{folder / PEFT_CONFIG} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA with one "
+            "rank and without biases. Load it with PEFT."
+        )
+    return alpha / r**0.5 if config.get("use_rslora") else alpha / r
+
+
+def _matching_linears(
+    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], folder: Path
+) -> dict[str, nn.Linear]:
+    if adapted := adapter_layers(model):
+        raise ValueError(
+            f"The model carries {len(adapted)} lora_null adapters already. Merge them first (lora_null.merge), or load "
+            "the base model afresh."
+        )
+    modules = dict(model.named_modules())
+    for name, (lora_A, lora_B) in factors.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            found = "no module" if module is None else f"a {type(module).__name__}"
+            raise ValueError(
+                f"{folder} adapts {name}, "
+                f"which is {found} in this {type(model).__name__}; expected a linear layer. The "
+                "adapter belongs to another model."
+            )
+        if (lora_B.shape[0], lora_A.shape[1]) != (module.out_features, module.in_features):
+            raise ValueError(
+                f"{folder} adapts {name} with d={lora_A.shape[1]}, m={lora_B.shape[0]}, but the layer has "
+                f"d={module.in_features}, m={module.out_features}. The adapter belongs to another model."
+            )
+    return {name: modules[name] for name in modules if name in factors}

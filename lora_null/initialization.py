@@ -1,0 +1,159 @@
+"""Start LoRA-Null adapters in the null spaces of a model's activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ._weights import dense_weight, fingerprint, materialized
+from .config import LoraNullConfig
+from .covariances import Covariances
+from .factors import factorize
+from .layers import LoraNullLinear, adapter_layers, attach_adapter
+from .solver import NullSpace, null_spaces
+from .targets import target_linears
+
+
+@dataclass
+class AdapterState:
+    """What a patched model remembers of its initialisation; kept as ``model.lora_null_state``.
+
+    Attributes:
+        config: The configuration that the adapters were made with.
+        base_fingerprint: Identifies the pre-trained weights; ``None`` for a quantised base.
+        energies: Per sharing group, ``tr(U^T C U) / tr(C)``: the share of the activations' energy that the
+            adapters can see.
+    """
+
+    config: LoraNullConfig
+    base_fingerprint: str | None = None
+    energies: dict[str, float] = field(default_factory=dict)
+
+
+def initialize(
+    model: nn.Module,
+    covariances: Covariances,
+    config: LoraNullConfig | None = None,
+    *,
+    method: str = "auto",
+    adapter_dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> nn.Module:
+    """Patch the linear modules of ``model`` in place with adapters in their null spaces.
+
+    For each layer with weight ``W (m, d)`` and the basis ``U (d, r)`` of the ``r`` least used input directions,
+    ``B0 A0`` is the thin factorisation of ``W U U^T``. With ``config.freeze_a`` the base is untouched, ``A = A0``
+    is frozen and ``B`` starts at zero: the model's outputs are bit-identical to the base model's. Otherwise both
+    factors start at ``(A0, B0)`` on the base ``W - s B0 A0``, and outputs agree to rounding of the base's dtype.
+
+    Everything but the adapters stops requiring gradients. Nothing is changed when an error is raised.
+
+    Args:
+        model: The pre-trained model, with its weights on any device, offloaded or (frozen A) quantised.
+        covariances: From :func:`lora_null.calibrate` on the same model.
+        config: Rank, scaling, mode and layers; the default is ``LoraNullConfig()``.
+        method: Passed to :func:`lora_null.null_space`.
+        adapter_dtype: Of the trained factors. fp32 factors on a bf16 base are PEFT's default and train best.
+        progress: Show a progress bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The covariances do not cover or do not fit the model, the rank is too large, or the model
+            carries adapters already.
+    """
+    config = config or LoraNullConfig()
+    linears = target_linears(model, config.target_modules)
+    _check(model, linears, covariances, config)
+    spaces = solve(linears, covariances, config, method=method, progress=progress)
+    base_fingerprint = fingerprint(linears)
+    start = {}
+    for name, linear in tqdm(linears.items(), "factorise", unit="layer", disable=not progress):
+        with materialized(linear):
+            weight = dense_weight(linear)
+            lora_A, lora_B = factorize(weight, spaces[covariances.group_of(name)].basis.to(weight.device))
+        start[name] = lora_A.to(adapter_dtype), lora_B.to(adapter_dtype)
+
+    # The model changes from here on, and nothing below can fail on the user's input.
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        _attach(linear, *start.pop(name), config)
+    energies = {key: space.energy / float(covariances[key].trace()) for key, space in spaces.items()}
+    model.lora_null_state = AdapterState(config, base_fingerprint, energies)
+    return model
+
+
+def solve(
+    linears: Mapping[str, nn.Linear],
+    covariances: Covariances,
+    config: LoraNullConfig,
+    *,
+    method: str = "auto",
+    progress: bool = True,
+) -> dict[str, NullSpace]:
+    """Return the null space of every sharing group that ``linears`` read, by group key."""
+    keys = dict.fromkeys(covariances.group_of(name) for name in linears)
+    matrices = ((key, covariances[key]) for key in keys)
+    return dict(null_spaces(matrices, config.r, method=method, seed=config.seed, progress=progress))
+
+
+def _attach(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> LoraNullLinear:
+    options = {"scaling": config.scaling, "lora_dropout": config.lora_dropout}
+    if config.freeze_a:
+        return attach_adapter(linear, lora_A, torch.zeros_like(lora_B), **options)
+    shift_base(linear, lora_A, lora_B, -config.scaling)
+    return attach_adapter(linear, lora_A, lora_B, train_a=True, initial=(lora_A.clone(), lora_B.clone()), **options)
+
+
+@torch.no_grad()
+def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
+    """Add ``factor * B A`` to the base weight in place: product and sum in fp32, one rounding at the end."""
+    with materialized(linear):
+        weight = linear.weight
+        product = lora_B.to(weight.device, torch.float32) @ lora_A.to(weight.device, torch.float32)
+        weight.copy_(weight.float().add_(product, alpha=factor))
+
+
+def _check(
+    model: nn.Module, linears: Mapping[str, nn.Linear], covariances: Covariances, config: LoraNullConfig
+) -> None:
+    if adapted := adapter_layers(model):
+        raise ValueError(
+            f"The model carries {len(adapted)} lora_null adapters already, for instance on {next(iter(adapted))}. "
+            "Merge them first (lora_null.merge), or start from a freshly loaded model."
+        )
+    missing = [name for name in linears if name not in covariances]
+    if missing:
+        raise ValueError(
+            f"The covariances hold no entry for {len(missing)} of {len(linears)} target layers, for instance "
+            f"{missing[0]}; they were collected for another model or for fewer target_modules. Run "
+            "lora_null.calibrate on this model with the same config."
+        )
+    for name, linear in linears.items():
+        d, m = linear.in_features, linear.out_features
+        shape = tuple(covariances[name].shape)
+        if shape != (d, d):
+            raise ValueError(
+                f"The covariance of {name} is {shape}, but the layer reads {d} features: expected ({d}, {d}). The "
+                "covariances were collected on another model; run lora_null.calibrate on this one."
+            )
+        if config.r > min(d, m):
+            raise ValueError(
+                f"r={config.r} is larger than min(d, m) = {min(d, m)} of {name} (d={d} inputs, m={m} outputs). Choose "
+                f"r <= {min(d, m)}, or leave the layer out through target_modules."
+            )
+        if not config.freeze_a and not (linear.weight.is_floating_point() and linear.weight.shape == (m, d)):
+            raise ValueError(
+                f"{name} is quantised ({type(linear).__name__}, {linear.weight.dtype}), and freeze_a=False shifts the "
+                "base weight, which a quantised layer cannot represent. Use freeze_a=True."
+            )
+        if not config.freeze_a and getattr(getattr(linear, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"{name} is offloaded, and freeze_a=False shifts the base weight, which accelerate would load afresh "
+                "at the next forward. Use freeze_a=True, or place the model without offload."
+            )
