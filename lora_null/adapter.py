@@ -59,10 +59,11 @@ def save_adapter(
     layers = _require_layers(model)
     factors = {name: layer.low_rank_delta() for name, layer in layers.items()}
     state = _state(model)
+    linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     write_adapter(
         Path(path),
         factors,
-        target_modules=short_names(model, factors),
+        target_modules=short_names(linear_names, factors),
         base_model_name_or_path=base_model_name_or_path or _base_name(model),
         own=_own_config(state, layers),
         dtype=dtype,
@@ -202,12 +203,11 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def short_names(model: nn.Module, chosen: Iterable[str]) -> list[str]:
+def short_names(linear_names: Iterable[str], chosen: Iterable[str]) -> list[str]:
     """Return last name components where they select exactly ``chosen`` among the linears, else whole names."""
     chosen = set(chosen)
     endings = {name.rsplit(".", 1)[-1] for name in chosen}
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    selected = {name for name in linears if name.rsplit(".", 1)[-1] in endings}
+    selected = {name for name in linear_names if name.rsplit(".", 1)[-1] in endings}
     return sorted(endings if selected == chosen else chosen)
 
 

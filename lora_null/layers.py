@@ -81,26 +81,36 @@ class LoraNullLinear(nn.Linear):
         low_rank = (adapted @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
         return super().forward(x) + self.scaling * low_rank
 
-    @torch.no_grad()
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
-        """Return ``(A, B)`` in fp32 with ``B A`` equal to the change of the pre-trained weight, scaling folded in.
-
-        On the untouched base these are ``A (r, d)`` and ``s B (m, r)``. On the shifted base they have rank
-        ``2 r``: ``[A ; A - A0]`` and ``s [B - B0 | B0]``. The usual ``[A ; A0]``, ``[B | -B0]`` is the same
-        product, but cancels when it is rounded: for an update of relative size 1e-3 the relative error in bf16
-        is 1.66 instead of 2e-3.
-        """
-        lora_A, lora_B = self.lora_A.weight.float(), self.lora_B.weight.float()
-        if self.initial_A is None or self.initial_B is None:
-            return lora_A, self.scaling * lora_B
-        initial_A, initial_B = self.initial_A.weight.float(), self.initial_B.weight.float()
-        stacked_A = torch.cat([lora_A, lora_A - initial_A])
-        stacked_B = torch.cat([lora_B - initial_B, initial_B], dim=1)
-        return stacked_A, self.scaling * stacked_B
+        """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see :func:`stack_delta`."""
+        initial = None
+        if self.initial_A is not None and self.initial_B is not None:
+            initial = self.initial_A.weight, self.initial_B.weight
+        return stack_delta(self.lora_A.weight, self.lora_B.weight, self.scaling, initial)
 
     def extra_repr(self) -> str:
         """Add the adapter's figures to torch's line."""
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, shifted={self.shifted}"
+
+
+@torch.no_grad()
+def stack_delta(
+    lora_A: Tensor,  # (r, d)
+    lora_B: Tensor,  # (m, r)
+    scaling: float,
+    initial: tuple[Tensor, Tensor] | None,  # A0 (r, d), B0 (m, r)
+) -> tuple[Tensor, Tensor]:
+    """Write the change ``s B A`` or ``s (B A - B0 A0)`` of a weight as one product ``B' A'`` in fp32.
+
+    Without ``initial`` that is ``A' = A``, ``B' = s B``. With it the rank is ``2 r``: ``A' = [A ; A - A0]``,
+    ``B' = s [B - B0 | B0]``. The usual ``[A ; A0]``, ``[B | -B0]`` is the same product, but cancels when it is
+    rounded: for an update of relative size 1e-3 the relative error in bf16 is 1.66 instead of 2e-3.
+    """
+    lora_A, lora_B = lora_A.float(), lora_B.float()
+    if initial is None:
+        return lora_A.clone(), scaling * lora_B
+    initial_A, initial_B = (factor.to(lora_A.device, torch.float32) for factor in initial)
+    return torch.cat([lora_A, lora_A - initial_A]), scaling * torch.cat([lora_B - initial_B, initial_B], dim=1)
 
 
 @cache

@@ -1,0 +1,253 @@
+"""LoRA-Null for models that PEFT has prepared: initialisation, saving and the fused forward.
+
+The usual order is ``get_peft_model``, :func:`initialize_lora_null_weights`, :func:`use_fused_kernels`, any trainer,
+:func:`save_adapter`. Everything stays an ordinary ``PeftModel`` with ordinary ``lora.Linear`` layers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ._adapter_files import OWN_CONFIG, read_json
+from ._logging import warn_once
+from ._peft_fused import FusedKernels, FusedLoraLinear, use_fused_kernels
+from ._weights import dense_weight, fingerprint, materialized
+from .adapter import own_config, short_names, write_adapter
+from .config import LoraNullConfig
+from .covariances import Covariances
+from .factors import factorize
+from .initialization import AdapterState, shift_base
+from .layers import stack_delta
+from .solver import null_spaces
+
+__all__ = [
+    "FusedKernels",
+    "FusedLoraLinear",
+    "freeze_lora_A",
+    "initialize_lora_null_weights",
+    "load_trainable",
+    "lora_layers",
+    "save_adapter",
+    "use_fused_kernels",
+]
+
+# Where a layer keeps (A0, B0) of a shifted base, by adapter name.
+_INITIAL = "_lora_null_initial"
+
+
+def initialize_lora_null_weights(
+    peft_model: PeftModel,
+    covariances: Covariances,
+    *,
+    freeze_a: bool = True,
+    adapter_name: str = "default",
+    method: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> PeftModel:
+    """Overwrite the LoRA weights of ``peft_model`` with a LoRA-Null start.
+
+    With ``freeze_a`` the base is untouched, ``lora_A`` is the null-space factor and stays frozen through
+    ``set_adapter`` and ``disable_adapter``, and ``lora_B`` is zero: an exact no-op, on a quantised base too.
+    Otherwise the base weights are shifted in place: ``disable_adapter`` and further adapters then see the shifted
+    base, and the adapter must be saved with :func:`save_adapter`, not with ``save_pretrained``.
+
+    Args:
+        peft_model: From ``get_peft_model`` with a ``LoraConfig``; ranks may differ between layers.
+        covariances: From :func:`lora_null.calibrate` on the base model.
+        freeze_a: Train ``lora_B`` only.
+        adapter_name: Which adapter to overwrite.
+        method: Passed to :func:`lora_null.null_space`.
+        seed: Seed of the solver.
+        progress: Show a progress bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no plain LoRA layer of that name, or the covariances do not fit it. Nothing is
+            changed then.
+    """
+    layers = lora_layers(peft_model, adapter_name)
+    sources = {name: _covariance_name(name, covariances) for name in layers}
+    ranks: dict[str, int] = {}
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name, tuple(covariances[sources[name]].shape), freeze_a)
+        key = covariances.group_of(sources[name])
+        ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
+    spaces = {}
+    for r in sorted(set(ranks.values())):
+        matrices = ((key, covariances[key]) for key, rank in ranks.items() if rank == r)
+        spaces.update(null_spaces(matrices, r, method=method, seed=seed, progress=progress))
+    energies = {key: space.energy / float(covariances[key].trace()) for key, space in spaces.items()}
+    base = fingerprint({name: layer.get_base_layer() for name, layer in layers.items()})
+    for name, layer in tqdm(layers.items(), "factorise", unit="layer", disable=not progress):
+        # Eigenvalues ascend, so a smaller rank takes the leading columns.
+        basis = spaces[covariances.group_of(sources[name])].basis[:, : layer.r[adapter_name]]
+        _initialize_layer(layer, basis, adapter_name, freeze_a)
+    if not freeze_a:
+        warn_once(
+            "shifted-peft-base",
+            "The base weights were shifted by the initial adapters: disable_adapter() and other adapters on this model "
+            "now see the shifted base. Save with lora_null.peft.save_adapter, which writes an adapter for the "
+            "untouched base.",
+        )
+    peft_config = peft_model.peft_config[adapter_name]
+    config = LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=freeze_a, seed=seed)
+    peft_model.lora_null_state = AdapterState(config, base, energies)
+    return peft_model
+
+
+def freeze_lora_A(peft_model: PeftModel, adapter_name: str = "default") -> int:
+    """Freeze ``lora_A`` so that PEFT's own switches keep it frozen; return the number of layers.
+
+    Needed after ``PeftModel.from_pretrained(..., is_trainable=True)``, which does not know that A was frozen.
+    """
+    layers = lora_layers(peft_model, adapter_name)
+    for layer in layers.values():
+        _freeze(layer, adapter_name)
+    return len(layers)
+
+
+def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
+    """``PeftModel.from_pretrained(..., is_trainable=True)`` that keeps A frozen where it was trained frozen."""
+    peft_model = PeftModel.from_pretrained(base_model, str(path), adapter_name=adapter_name, is_trainable=True)
+    own = Path(path) / OWN_CONFIG
+    if own.exists():
+        config = LoraNullConfig.from_dict(read_json(own)["config"])
+        if config.freeze_a:
+            freeze_lora_A(peft_model, adapter_name)
+        # On disk the adapter is relative to the untouched base, whatever it was trained on.
+        peft_model.lora_null_state = AdapterState(replace(config, r=peft_model.peft_config[adapter_name].r))
+    return peft_model
+
+
+def save_adapter(
+    peft_model: PeftModel,
+    path: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the adapter as plain LoRA on the untouched base; see :func:`lora_null.save_adapter`.
+
+    With a frozen A this is what ``save_pretrained`` writes, with uniform rank and the scaling folded in. With a
+    trained A it is the rank-``2 r`` form, which does not cancel in low precision as PEFT's conversion does.
+    """
+    layers = lora_layers(peft_model, adapter_name)
+    factors = {
+        name: stack_delta(
+            layer.lora_A[adapter_name].weight,
+            layer.lora_B[adapter_name].weight,
+            layer.scaling[adapter_name],
+            getattr(layer, _INITIAL, {}).get(adapter_name),
+        )
+        for name, layer in layers.items()
+    }
+    peft_config = peft_model.peft_config[adapter_name]
+    state = getattr(peft_model, "lora_null_state", None) or AdapterState(
+        LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=False)
+    )
+    base = peft_config.base_model_name_or_path
+    write_adapter(
+        Path(path),
+        factors,
+        target_modules=short_names(_linear_names(peft_model), factors),
+        base_model_name_or_path=Path(base).name if base and os.path.isabs(base) else base,
+        own=own_config(state.config, state.base_fingerprint, state.energies),
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, lora.Linear]:
+    """Return the ``lora.Linear`` layers that hold the adapter, by their name in the base model."""
+    model = peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, lora.LoraLayer) and adapter_name in module.lora_A
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(peft_model).__name__} has no LoRA layer with an adapter named {adapter_name!r}. Expected a model "
+            "from peft.get_peft_model(model, LoraConfig(...)); for a plain model use lora_null.initialize."
+        )
+    return layers
+
+
+def _linear_names(peft_model: PeftModel) -> set[str]:
+    """Return the names that linear layers have in the base model without its adapters."""
+    modules = peft_model.get_base_model().named_modules()
+    plain = {name for name, module in modules if isinstance(module, nn.Linear | lora.LoraLayer)}
+    return {
+        name for name in plain if not any(f".{part}." in f".{name}." for part in ("lora_A", "lora_B", "base_layer"))
+    }
+
+
+def _covariance_name(name: str, covariances: Covariances) -> str:
+    for candidate in (name, f"base_model.model.{name}.base_layer", f"base_model.model.{name}"):
+        if candidate in covariances:
+            return candidate
+    raise ValueError(
+        f"The covariances hold no entry for {name}, which has an adapter. They were collected for another model or "
+        "for fewer target_modules; run lora_null.calibrate on the base model."
+    )
+
+
+def _check_layer(name: str, layer: lora.LoraLayer, adapter_name: str, shape: tuple[int, ...], freeze_a: bool) -> None:
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear) or not hasattr(layer.lora_A[adapter_name], "weight"):
+        raise ValueError(
+            f"{name} is {type(layer).__name__} on {type(base).__name__}; expected LoRA on a linear layer. Leave it out "
+            "of the LoraConfig's target_modules."
+        )
+    if adapter_name in getattr(layer, "lora_variant", {}):
+        raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
+    r, d, m = layer.r[adapter_name], base.in_features, base.out_features
+    if shape != (d, d):
+        raise ValueError(
+            f"The covariance of {name} is {shape}, but the layer reads {d} features. It was collected on another model."
+        )
+    if r > min(d, m):
+        raise ValueError(f"r={r} is larger than min(d, m) = {min(d, m)} of {name}; choose a smaller r for it.")
+    if not freeze_a and not (base.weight.is_floating_point() and base.weight.shape == (m, d)):
+        raise ValueError(
+            f"{name} is quantised ({base.weight.dtype}), and freeze_a=False shifts the base weight, which a quantised "
+            "layer cannot represent. Use freeze_a=True."
+        )
+
+
+@torch.no_grad()
+def _initialize_layer(layer: lora.LoraLayer, basis: Tensor, adapter_name: str, freeze_a: bool) -> None:
+    base = layer.get_base_layer()
+    with materialized(base):
+        weight = dense_weight(base)
+        initial_A, initial_B = factorize(weight, basis.to(weight.device))
+    layer.lora_A[adapter_name].weight.copy_(initial_A)
+    if freeze_a:
+        layer.lora_B[adapter_name].weight.zero_()
+        _freeze(layer, adapter_name)
+        return
+    layer.lora_B[adapter_name].weight.copy_(initial_B)
+    # The values as stored: a bf16 adapter rounds, and the shift must undo exactly what it adds.
+    stored = tuple(part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+    shift_base(base, *stored, -layer.scaling[adapter_name])
+    setattr(layer, _INITIAL, {**getattr(layer, _INITIAL, {}), adapter_name: stored})
+
+
+def _freeze(layer: lora.LoraLayer, adapter_name: str) -> None:
+    # set_adapter() and the end of disable_adapter() undo requires_grad_(False) alone; names listed here stay frozen.
+    frozen = dict(layer.frozen_peft_weight_names)
+    frozen[adapter_name] = tuple(dict.fromkeys((*frozen.get(adapter_name, ()), "lora_A")))
+    layer.frozen_peft_weight_names = frozen
+    layer.lora_A[adapter_name].weight.requires_grad_(False)
