@@ -1,0 +1,105 @@
+"""Find or build the compiled part: ahead of time as ``lora_null._C``, else on first use, else not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import filelock
+import torch
+
+from ._logging import logger, warn_once
+
+_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
+_NAME = "lora_null_extension"
+_loaded: dict[str, ModuleType | None] = {}
+
+
+def cache_folder() -> Path:
+    """Return the folder for compiled code: ``LORA_NULL_CACHE``, else the user's cache."""
+    chosen = os.environ.get("LORA_NULL_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_null"
+
+
+def source_folder() -> Path | None:
+    """Return the folder of the C++ sources, in an installed package or in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "bindings.cpp").is_file():
+            return folder
+    return None
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash everything that the binary depends on, so that no build is ever reused for something else."""
+    digest = hashlib.sha256()
+    for part in (sys.version, torch.__version__, torch.version.cuda, torch.version.git_version, *_FLAGS):
+        digest.update(f"{part}\0".encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".cpp", ".h"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(folder: Path | None = None) -> ModuleType:
+    """Compile the sources in ``folder`` with ninja, or reuse the cached build of the same sources.
+
+    Raises:
+        FileNotFoundError: the sources are in neither of the places of :func:`source_folder`.
+        RuntimeError, OSError: what the compiler, ninja or the loader said.
+    """
+    from torch.utils import cpp_extension
+
+    folder = folder or source_folder()
+    if folder is None:
+        raise FileNotFoundError("the C++ sources of lora_null are not installed")
+    build_folder = cache_folder() / "extension" / _fingerprint(folder)
+    build_folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(str(build_folder) + ".lock"):
+        # torch marks a running build with a file named "lock" and waits for it for ever. We hold a lock that
+        # the system releases when its owner dies, so a mark found here was left by a killed build.
+        (build_folder / "lock").unlink(missing_ok=True)
+        return cpp_extension.load(
+            name=_NAME,
+            sources=[str(path) for path in sorted(folder.glob("*.cpp"))],
+            extra_cflags=_FLAGS,
+            build_directory=str(build_folder),
+        )
+
+
+def _load() -> ModuleType | None:
+    if os.environ.get("LORA_NULL_NO_EXTENSION") == "1":
+        return None
+    try:
+        return importlib.import_module("lora_null._C")
+    except ImportError as error:
+        # Missing is the ordinary case of an isolated install; a binary of another torch fails with undefined
+        # symbols. Both end in a build for this torch.
+        logger.debug("lora_null._C cannot be imported (%s); building it", error)
+    try:
+        return build()
+    except Exception as error:  # any failure of a compiler must leave a working package
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        warn_once(
+            "extension",
+            f"lora_null: the C++ extension could not be built ({first_line}). The same algorithm runs in plain "
+            "torch calls instead. A C++ compiler, ninja and the Python headers are needed; "
+            "LORA_NULL_NO_EXTENSION=1 skips the attempt.",
+        )
+        return None
+
+
+def load() -> ModuleType | None:
+    """Return the compiled module, or ``None`` where there is none; asked once per process.
+
+    Set ``LORA_NULL_NO_EXTENSION=1`` before the first solve to do without it.
+    """
+    if "module" not in _loaded:
+        _loaded["module"] = _load()
+    return _loaded["module"]
