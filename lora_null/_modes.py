@@ -1,0 +1,34 @@
+"""A model's state during calibration, put back on every way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout and gradients for the length of the block.
+
+    Each module's own ``training`` flag comes back, not one for the whole model: a frozen part that was in eval
+    mode stays so.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """Return where the model wants its inputs, or ``None`` if it moves them itself (accelerate's device_map)."""
+    if getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook"):
+        return None
+    tensor = next(model.parameters(), None)
+    return None if tensor is None or tensor.is_meta else tensor.device

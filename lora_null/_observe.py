@@ -1,0 +1,126 @@
+"""Which linear layers receive the same tensor: found by watching, not by names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class TensorIdentity:
+    """Recognises a tensor when it is passed again, without keeping its memory.
+
+    Two tensors are the same if they have one storage, at one version, seen through one offset, shape and stride:
+    a view made anew for each reader is recognised, a tensor overwritten in between is not. A weak reference to
+    the storage pins its address, so that a later tensor cannot be taken for it, while its data are freed.
+    """
+
+    __slots__ = ("_layout", "_storage")
+
+    def __init__(self, x: Tensor):
+        self._storage = StorageWeakRef(x.untyped_storage())
+        self._layout = _layout(x)
+
+    def matches(self, x: Tensor) -> bool:
+        """Tell whether ``x`` is the tensor this identity was taken from, unchanged."""
+        return (
+            x.untyped_storage()._cdata == self._storage.cdata
+            and not self._storage.expired()
+            and _layout(x) == self._layout
+        )
+
+
+def _layout(x: Tensor) -> tuple:
+    # Inference tensors count no versions. An in-place change between two readers then shows in the values only;
+    # their sum costs one pass, in the rare case that the caller's loop runs under torch.inference_mode.
+    version = float(x.double().sum()) if x.is_inference() else x._version
+    return version, x.storage_offset(), x.shape, x.stride()
+
+
+@dataclass
+class _Group:
+    members: list[str]
+    calls: int = 0
+    identity: TensorIdentity | None = None
+
+
+@dataclass
+class SharedInputs:
+    """Groups of linear layers that read the same tensor, grown as the layers are called.
+
+    A layer joins a group at its first call, if it then receives the very tensor that the group's leader (its
+    first member) received at *its* first call. From then on every call is checked: a member must receive what
+    its leader has just received. So the sums of the leader's inputs are also the member's, exactly.
+
+    Attributes:
+        share: Off, every layer leads a group of its own.
+    """
+
+    share: bool = True
+    groups: dict[str, _Group] = field(default_factory=dict)
+    _key_of: dict[str, str] = field(default_factory=dict)
+    _latest: dict[int, str] = field(default_factory=dict)
+    _calls: dict[str, int] = field(default_factory=dict)
+
+    def receive(self, name: str, x: Tensor) -> bool:
+        """Note that the layer ``name`` is called with ``x``; True if it leads a group, so that ``x`` counts."""
+        calls = self._calls[name] = self._calls.get(name, 0) + 1
+        key = self._key_of.get(name) or self._assign(name, x, calls)
+        group = self.groups[key]
+        if name == key:
+            group.calls, group.identity = calls, TensorIdentity(x)
+            self._latest[x.untyped_storage()._cdata] = key
+            return True
+        if group.calls != calls or group.identity is None or not group.identity.matches(x):
+            raise ValueError(
+                f"{name} was grouped with {key}, because both received the same tensor at first, but its call "
+                f"number {calls} has another input than {key}'s call number {group.calls}. The model routes its "
+                "activations differently from batch to batch; pass share_inputs=False to give each layer a "
+                "covariance of its own."
+            )
+        return False
+
+    def _assign(self, name: str, x: Tensor, calls: int) -> str:
+        key = self._latest.get(x.untyped_storage()._cdata) if self.share else None
+        group = self.groups.get(key) if key else None
+        if key and group and group.calls == calls and group.identity and group.identity.matches(x):
+            group.members.append(name)
+        else:
+            key, self.groups[name] = name, _Group([name])
+        self._key_of[name] = key
+        return key
+
+    def check(self) -> None:
+        """Raise unless every member was called as often as its leader."""
+        for key, group in self.groups.items():
+            for name in group.members:
+                if self._calls[name] != group.calls:
+                    raise ValueError(
+                        f"{name} was called {self._calls[name]} times, but {key}, with which it shares its input, "
+                        f"{group.calls} times. Pass share_inputs=False to give each layer a covariance of its own."
+                    )
+
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """Return each group's key and members, in the order of the first calls."""
+        return {key: tuple(group.members) for key, group in self.groups.items()}
+
+
+@contextmanager
+def watching(linears: Mapping[str, nn.Module], receive: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """Call ``receive(name, input)`` before every forward of the linear layers, for the length of the block."""
+    handles = []
+    try:
+        for name, module in linears.items():
+
+            def hook(_module, args, kwargs, name=name):
+                receive(name, args[0] if args else kwargs["input"])
+
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
