@@ -1,0 +1,66 @@
+"""What every launcher needs: is Triton there, what is the device, start a kernel.
+
+Nothing here imports Triton before a launcher asks for it, so that the package loads on machines without it.
+"""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+
+__all__ = ["interpreting", "launch", "multiprocessors", "unavailable"]
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Say whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why Triton kernels cannot run on ``device``, or None if they can."""
+    if not _installed():
+        return "triton is not installed"
+    if device.type != "cuda" and not interpreting():
+        return f"the tensors are on {device.type}, the kernels run on CUDA devices"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{config.architecture(device)} has no bf16 matrix units; sm_80 or later is needed"
+    return None
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of ``device``; 1 in the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """Start ``kernel`` on ``device``'s current stream, whichever device is current in the caller."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        for name in ("num_warps", "num_stages"):
+            options.pop(name, None)
+        kernel[grid](*args, **options)
+
+
+def aligned(x: Tensor) -> bool:
+    """Say whether tensor descriptors can address ``x``: 16-byte base and row strides, unit columns."""
+    rows_fit = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and rows_fit

@@ -1,0 +1,228 @@
+"""``C += X^T X`` over a stream of activations, one triangle only.
+
+Three ways to compute it. ``triton``: the symmetric kernel of `lora_null.kernels.syrk`. ``blocks``: rectangles
+of the lower triangle through BLAS, which every device has; on CUDA cuBLAS multiplies bf16 and fp16 operands
+and writes fp32. ``torch``: the full product, the definition that the others are tested against.
+
+``LORA_NULL_COVARIANCE_BACKEND`` forces one of them; ``auto`` takes what the data of the architecture says.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .._logging import warn_once
+
+__all__ = ["covariance_backend", "covariance_update", "covariance_update_reference", "symmetrize_"]
+
+BACKENDS = ("auto", "triton", "blocks", "torch")
+
+# Halving stops here. On 2 CPU cores (fp32, d = T = 4096) leaves of 128 to 384 run at 1.79x to 1.81x the full
+# product, 512 at 1.70x (more wasted above the diagonal); a GPU needs larger products to fill its cores.
+_LEAF = {"cpu": 256, "cuda": 1024}
+# Elements of x converted to the accumulator's type at a time on the CPU: 64 MiB in fp32.
+_CHUNK = 1 << 24
+# Tokens summed in fp32 on a GPU before they are added to an fp64 C.
+_FLUSH = 8192
+
+
+def covariance_update(C: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Add ``x^T x`` to the lower triangle of ``C`` in place.
+
+    Args:
+        C: ``(d, d)`` fp32 or fp64, unit column stride. Only elements on and below the diagonal are results;
+            what lies above is unspecified until `symmetrize_` is called, once, at the end of the stream. With
+            fp64, every 8192 tokens are summed in fp32 and flushed into C on CUDA; on the CPU the product
+            itself is fp64.
+        x: ``(..., d)`` bf16, fp16, fp32 (fp64 only into an fp64 ``C``) on C's device.
+        mask: bool, ``x.shape[:-1]``; rows where it is False do not count, even if they hold NaN.
+
+    Returns:
+        ``C`` itself.
+
+    Raises:
+        ValueError, TypeError: for shapes, types or devices that do not fit together.
+    """
+    _check(C, x, mask)
+    torch.ops.lora_null.covariance_update(C, x.detach(), mask)
+    return C
+
+
+def covariance_update_reference(C: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Compute `covariance_update` by its definition: the full ``C += x^T x`` in C's type, both triangles."""
+    rows = x.detach().reshape(-1, x.shape[-1]).to(C.dtype)
+    if mask is not None:
+        rows = rows.masked_fill(~mask.reshape(-1, 1), 0)
+    with _full_precision():
+        return C.addmm_(rows.t(), rows)
+
+
+def symmetrize_(C: Tensor) -> Tensor:
+    """Mirror the lower triangle of ``C`` ``(d, d)`` to the upper one, in place, and return ``C``.
+
+    Works block by block: no second ``d x d`` matrix is allocated.
+    """
+    if C.dim() != 2 or C.shape[0] != C.shape[1]:
+        raise ValueError(f"symmetrize_: expected a square matrix (d, d), got shape {tuple(C.shape)}")
+    d = C.shape[0]
+    for start in range(0, d, 1024):
+        end = min(start + 1024, d)
+        corner = C[start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).t())
+        C[start:end, end:].copy_(C[end:, start:end].t())
+    return C
+
+
+def covariance_backend(x: Tensor, *, mask: Tensor | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """Return which of ``triton``, ``blocks`` and ``torch`` an update of a ``dtype`` C with ``x`` would take.
+
+    Raises:
+        ValueError: for an unknown ``LORA_NULL_COVARIANCE_BACKEND``.
+        RuntimeError: under ``LORA_NULL_STRICT=1`` if the forced or preferred kernel cannot take the call.
+    """
+    name = os.environ.get("LORA_NULL_COVARIANCE_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(
+            f"LORA_NULL_COVARIANCE_BACKEND={name!r} is unknown, expected one of {', '.join(BACKENDS)}; "
+            "unset it to let the package choose"
+        )
+    if name == "auto":
+        if x.device.type != "cuda":
+            return "blocks"
+        from ..kernels import config
+
+        d = x.shape[-1]
+        T = x.numel() // max(d, 1)
+        name = config.backend("covariance", x.dtype, config.architecture(x.device), d=d, T=T)
+    if name == "triton":
+        from ..kernels import syrk
+
+        reason = syrk.supported(x, dtype=dtype)
+        if reason is not None:
+            message = f"covariance_update: the Triton kernel cannot take this call ({reason})"
+            if os.environ.get("LORA_NULL_STRICT") == "1":
+                raise RuntimeError(f"{message}, and LORA_NULL_STRICT=1 forbids falling back")
+            warn_once(f"covariance:{reason}", f"{message}; blocks through BLAS are used instead")
+            name = "blocks"
+    return name
+
+
+def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    if C.dim() != 2 or C.shape[0] != C.shape[1]:
+        raise ValueError(f"covariance_update: C must be square (d, d), got shape {tuple(C.shape)}")
+    if x.dim() < 1 or x.shape[-1] != C.shape[0]:
+        raise ValueError(
+            f"covariance_update: x has shape {tuple(x.shape)}, but C {tuple(C.shape)} expects "
+            f"(..., {C.shape[0]}); C belongs to a layer of another width"
+        )
+    if C.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"covariance_update: C is {C.dtype}, expected float32 or float64; lower precision destroys "
+            "the smallest eigenvalues, which are the result"
+        )
+    if not x.is_floating_point() or (x.dtype == torch.float64 and C.dtype != torch.float64):
+        raise TypeError(
+            f"covariance_update: x is {x.dtype} and C {C.dtype}; expected bfloat16, float16 or float32, "
+            "or float64 with a float64 C"
+        )
+    if C.device != x.device:
+        raise ValueError(
+            f"covariance_update: C is on {C.device} and x on {x.device}; allocate C on the input's device"
+        )
+    if C.shape[0] > 1 and C.stride(1) != 1:
+        raise ValueError(f"covariance_update: C needs unit column stride, got strides {C.stride()}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+        raise ValueError(
+            f"covariance_update: mask is {mask.dtype} {tuple(mask.shape)}, expected bool "
+            f"{tuple(x.shape[:-1])} (True = the token counts); an attention mask of 0 and 1 needs .bool()"
+        )
+
+
+@torch.library.custom_op("lora_null::covariance_update", mutates_args=("C",))
+def _covariance_update(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    rows = x.reshape(-1, x.shape[-1])
+    counts = None if mask is None else mask.reshape(-1)
+    if rows.numel() == 0:
+        return
+    name = covariance_backend(x, mask=mask, dtype=C.dtype)
+    if name == "triton":
+        from ..kernels import syrk
+
+        syrk.covariance_update(C, rows, counts)
+    elif name == "torch":
+        covariance_update_reference(C, rows, mask=counts)
+    else:
+        _blocks(C, rows, counts)
+
+
+@_covariance_update.register_fake
+def _(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    return None
+
+
+def _blocks(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    """Update the lower triangle through BLAS: both halves of the diagonal, then the square below them.
+
+    Halving gives products that are as square as they can be; rows of blocks would be thin near the top (1.79x
+    against 1.68x the full product at d = T = 4096 on 2 CPU cores).
+    """
+    leaf = _LEAF.get(x.device.type, 1024)
+    on_cpu = x.device.type == "cpu"
+    if x.dtype == C.dtype:
+        step = x.shape[0]
+    elif on_cpu:
+        step = max(_CHUNK // x.shape[1], 256)
+    else:
+        step = _FLUSH if C.dtype == torch.float64 else x.shape[0]
+    with _full_precision():
+        for start in range(0, x.shape[0], step):
+            piece = x[start : start + step]
+            if mask is not None:
+                keep = mask[start : start + step]
+                # indexing by a mask makes a CUDA stream wait for the count
+                piece = piece[keep] if on_cpu else piece.masked_fill(~keep[:, None], 0)
+            if on_cpu:
+                piece = piece.to(C.dtype)
+            if 1 not in piece.stride():
+                piece = piece.contiguous()
+            _halve(C, piece, 0, C.shape[0], leaf)
+
+
+def _halve(C: Tensor, x: Tensor, start: int, end: int, leaf: int) -> None:
+    if end - start <= leaf:
+        _add_product(C[start:end, start:end], x[:, start:end], x[:, start:end])
+        return
+    # a multiple of 64 keeps every operand of the products aligned to cache lines and vector registers
+    middle = start + ((end - start) // 2 + 63) // 64 * 64
+    _halve(C, x, start, middle, leaf)
+    _halve(C, x, middle, end, leaf)
+    _add_product(C[middle:end, start:middle], x[:, middle:end], x[:, start:middle])
+
+
+def _add_product(block: Tensor, left: Tensor, right: Tensor) -> None:
+    """``block += left^T right`` with fp32 accumulation whatever the operands' type."""
+    if left.dtype == block.dtype:
+        block.addmm_(left.t(), right)
+    elif block.dtype == torch.float32:
+        torch.addmm(block, left.t(), right, out_dtype=torch.float32, out=block)
+    elif left.dtype == torch.float32:
+        block.add_(torch.mm(left.t(), right))
+    else:
+        block.add_(torch.mm(left.t(), right, out_dtype=torch.float32))
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keep fp32 products fp32: TF32 (or bf16 on the CPU) would lose the eigenvalues this sum exists for."""
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
