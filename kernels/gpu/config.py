@@ -93,7 +93,7 @@ def _first(entries: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, An
 
 
 def launch_config(kernel: str, dtype: torch.dtype, arch: str, **sizes: int) -> dict[str, Any]:
-    """Return a fresh copy of the launch configuration of ``kernel`` for operands of ``dtype`` and these sizes."""
+    """Return a fresh copy of the launch configuration of ``kernel`` for operands of ``dtype`` and a size."""
     bits = "32" if dtype.itemsize >= 4 else "16"
     entry = _first(table(arch)["kernels"][kernel][bits], sizes)
     return {key: value for key, value in entry.items() if key != "when"}
