@@ -1,0 +1,169 @@
+"""Initialisation of a patched model, in both modes."""
+
+import pytest
+import torch
+from torch import nn
+
+import lora_null
+from lora_null.layers import adapter_layers, disable_adapters
+from lora_null.targets import target_linears
+
+R = 6
+
+
+def ids(seed=3):
+    return torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model, steps=8, lr=5e-3, weight_decay=0.0):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    for step in range(steps):
+        batch = ids(step)
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_a_leaves_logits_bit_identical(llama, token_batches, dtype):
+    model = llama(dtype)
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    before = model(ids()).logits
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    assert torch.equal(model(ids()).logits, before)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_trained_a_keeps_logits_to_rounding(llama, token_batches, dtype, bound):
+    model = llama(dtype)
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    before = model(ids()).logits.double()
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, freeze_a=False), progress=False)
+    after = model(ids()).logits.double()
+    assert not torch.equal(after, before) or dtype != torch.float32
+    assert (after - before).norm() <= bound * before.norm()
+
+
+def test_shifted_bf16_base_is_the_pretrained_weight_to_one_rounding(llama, token_batches):
+    # Measured on 1024 x 1024: the effective weight moves 1.6e-3 relative; one bf16 rounding is 2^-9 = 2e-3 at most.
+    model = llama(torch.bfloat16)
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    before = {name: linear.weight.double() for name, linear in target_linears(model).items()}
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, freeze_a=False), progress=False)
+    for name, layer in adapter_layers(model).items():
+        effective = layer.weight.double() + layer.lora_B.weight.double() @ layer.lora_A.weight.double()
+        assert (effective - before[name]).norm() <= 2e-3 * before[name].norm(), name
+
+
+def test_only_the_adapters_are_trained(calibrated):
+    model, covariances = calibrated
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == {f"{name}.lora_B.weight" for name in target_linears(model)}
+    assert len(names) == 14
+    assert not any("lm_head" in name for name in names)
+
+
+def test_frozen_a_keeps_its_promise_for_any_b(calibrated):
+    # DESIGN: ||dW X||_F <= ||B||_2 sqrt(D_1) (sum of the r smallest eigenvalues)^(1/2), X the calibration inputs.
+    model, covariances = calibrated
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    for name, layer in adapter_layers(model).items():
+        C = covariances[name].double()
+        lora_A = layer.lora_A.weight.double()
+        lora_B = torch.randn(layer.out_features, R, dtype=torch.float64)
+        change = lora_B @ lora_A
+        seen = torch.trace(change @ C @ change.T).clamp(min=0).sqrt()
+        smallest = torch.linalg.eigvalsh(C)[:R].clamp(min=0).sum().sqrt()
+        largest_D = torch.linalg.eigvalsh(lora_A @ lora_A.T)[-1]
+        bound = torch.linalg.matrix_norm(lora_B, 2) * largest_D.sqrt() * smallest
+        assert seen <= bound * (1 + 1e-3) + 1e-5, name
+
+
+def test_training_b_from_zero_equals_training_it_from_b0_on_the_shifted_base(llama, token_batches):
+    frozen, shifted = llama(), llama()
+    covariances = lora_null.calibrate(frozen, token_batches(), progress=False)
+    lora_null.initialize(frozen, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.initialize(shifted, covariances, lora_null.LoraNullConfig(r=R, freeze_a=False), progress=False)
+    for layer in adapter_layers(shifted).values():
+        layer.lora_A.weight.requires_grad_(False)
+    ours, theirs = train(frozen)(ids()).logits, train(shifted)(ids()).logits
+    # Adam divides by the root of the second moment, which magnifies rounding of tiny gradients.
+    assert (ours - theirs).norm() <= 1e-3 * ours.norm()
+
+
+def test_disabled_adapters_give_the_pretrained_model_in_both_modes(llama, token_batches):
+    for freeze_a in (True, False):
+        model = llama()
+        before = model(ids()).logits
+        covariances = lora_null.calibrate(model, token_batches(), progress=False)
+        config = lora_null.LoraNullConfig(r=R, freeze_a=freeze_a)
+        train(lora_null.initialize(model, covariances, config, progress=False))
+        assert (model(ids()).logits - before).norm() > 1e-2 * before.norm()
+        with disable_adapters(model):
+            assert (model(ids()).logits - before).norm() <= 1e-6 * before.norm()
+        assert all(layer.adapter_enabled for layer in adapter_layers(model).values())
+
+
+def test_merging_returns_plain_layers_with_the_trained_function(llama, token_batches):
+    for freeze_a in (True, False):
+        model = llama()
+        covariances = lora_null.calibrate(model, token_batches(), progress=False)
+        config = lora_null.LoraNullConfig(r=R, lora_alpha=2 * R, freeze_a=freeze_a)
+        train(lora_null.initialize(model, covariances, config, progress=False))
+        trained = model(ids()).logits
+        names = set(llama().state_dict())
+        merged = lora_null.merge(model)
+        assert (merged(ids()).logits - trained).norm() <= 1e-6 * trained.norm()
+        assert set(merged.state_dict()) == names
+        assert {type(linear) for linear in target_linears(merged).values()} == {nn.Linear}
+        assert not hasattr(merged, "lora_null_state")
+
+
+def test_initialisation_is_deterministic(llama, token_batches):
+    states = []
+    for _ in range(2):
+        model = llama()
+        covariances = lora_null.calibrate(model, token_batches(), progress=False)
+        lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+        states.append({name: layer.lora_A.weight.clone() for name, layer in adapter_layers(model).items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class TestBadInput:
+    def unchanged(self, model, before):
+        assert not adapter_layers(model)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def refused(self, model, covariances, config, match):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=match):
+            lora_null.initialize(model, covariances, config, progress=False)
+        self.unchanged(model, before)
+
+    def test_unknown_target_modules(self, calibrated):
+        self.refused(*calibrated, lora_null.LoraNullConfig(r=2, target_modules=["query"]), r"\['query'\].*q_proj")
+
+    def test_rank_above_the_smallest_side(self, calibrated):
+        self.refused(*calibrated, lora_null.LoraNullConfig(r=25), r"r=25 is larger than min\(d, m\) = 24 of .*k_proj")
+
+    def test_covariances_of_another_width(self, llama, calibrated):
+        self.refused(llama(hidden_size=32), calibrated[1], lora_null.LoraNullConfig(r=2), "collected on another model")
+
+    def test_covariances_of_fewer_layers(self, llama, calibrated):
+        model = llama(num_hidden_layers=3)
+        self.refused(model, calibrated[1], lora_null.LoraNullConfig(r=2), "no entry for 7 of 21 target layers")
+
+    def test_a_model_without_linears(self, calibrated):
+        model = nn.Sequential(nn.Embedding(4, 4))
+        self.refused(model, calibrated[1], lora_null.LoraNullConfig(r=2), "no linear layer to adapt")
+
+    def test_a_model_that_is_initialised_already(self, calibrated):
+        model, covariances = calibrated
+        lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
+        with pytest.raises(ValueError, match="14 lora_null adapters already"):
+            lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
