@@ -1,0 +1,289 @@
+"""Adapters on disk: stock PEFT reads them, servers' rules hold, and bad files never cost data."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_null
+from lora_null import _adapter_files
+from lora_null.layers import adapter_layers
+
+R = 6
+# vLLM's documented choices for max_lora_rank.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def ids(seed=3):
+    return torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def trained(llama, token_batches, dtype=torch.float32, seed=0, **config):
+    model = llama(dtype)
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, **config), progress=False)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            for factor in (layer.lora_A, layer.lora_B):
+                if factor.weight.requires_grad:
+                    factor.weight.add_(0.1 * torch.randn_like(factor.weight))
+    return model
+
+
+@pytest.fixture(params=[True, False], ids=["frozen_a", "trained_a"])
+def freeze_a(request):
+    return request.param
+
+
+def test_stock_peft_reproduces_the_logits(llama, token_batches, tmp_path, freeze_a):
+    from peft import PeftModel
+
+    model = trained(llama, token_batches, freeze_a=freeze_a, lora_alpha=9)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    expected = model(ids()).logits
+    loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))(ids()).logits
+    assert (loaded - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_fresh_process_needs_only_peft(llama, token_batches, tmp_path, freeze_a):
+    model = trained(llama, token_batches, freeze_a=freeze_a)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    llama().save_pretrained(tmp_path / "base")
+    save_file({"ids": ids(), "logits": model(ids()).logits.detach()}, str(tmp_path / "expected.safetensors"))
+    script = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+expected = load_file("expected.safetensors")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
+error = (model(expected["ids"]).logits - expected["logits"]).norm() / expected["logits"].norm()
+assert not any(name.startswith("lora_null") for name in sys.modules)
+assert error <= 1e-5, error
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_servers_can_read_it(llama, token_batches, tmp_path, freeze_a):
+    """The rules that vLLM's reader applies, in pure Python."""
+    lora_null.save_adapter(trained(llama, token_batches, freeze_a=freeze_a, lora_alpha=3), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert config["peft_type"] == "LORA" and config["lora_alpha"] == config["r"] == (R if freeze_a else 2 * R)
+    assert any(config["r"] <= rank for rank in SERVED_RANKS)
+    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
+    assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert config["init_lora_weights"] is True
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    linears = {name for name, module in llama().named_modules() if isinstance(module, torch.nn.Linear)}
+    for key, tensor in tensors.items():
+        module, factor = key.removeprefix("base_model.model.").rsplit(".", 2)[0], key.rsplit(".", 2)[1]
+        assert module in linears and module.rsplit(".", 1)[-1] in config["target_modules"]
+        assert tensor.shape[0 if factor == "lora_A" else 1] == config["r"], key
+
+
+def test_rank_2r_export_survives_bf16(llama, token_batches, tmp_path):
+    """Small updates of large factors: the stacking [B | -B0][A ; A0] loses them in bf16, ours does not."""
+    model = trained(llama, token_batches, freeze_a=False)
+    name, layer = next(iter(adapter_layers(model).items()))
+    with torch.no_grad():
+        for factor, initial in ((layer.lora_A, layer.initial_A), (layer.lora_B, layer.initial_B)):
+            factor.weight.copy_(initial.weight * (1 + 1e-3 * torch.randn_like(initial.weight)))
+    initial_A, initial_B = layer.initial_A.weight.double(), layer.initial_B.weight.double()
+    truth = layer.lora_B.weight.double() @ layer.lora_A.weight.double() - initial_B @ initial_A
+    lora_null.save_adapter(model, tmp_path / "adapter", dtype=torch.bfloat16)
+    tensors = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    lora_A, lora_B = (tensors[key].double() for key in _adapter_files.tensor_names(name))
+    assert tensors[_adapter_files.tensor_names(name)[0]].dtype == torch.bfloat16
+    assert (lora_B @ lora_A - truth).norm() <= 5e-3 * truth.norm()
+    naive_A = torch.cat([layer.lora_A.weight, layer.initial_A.weight]).bfloat16().double()
+    naive_B = torch.cat([layer.lora_B.weight, -layer.initial_B.weight], dim=1).bfloat16().double()
+    assert (naive_B @ naive_A - truth).norm() > 0.5 * truth.norm()
+
+
+def test_loads_into_our_layers(llama, token_batches, tmp_path, freeze_a):
+    model = trained(llama, token_batches, freeze_a=freeze_a, lora_alpha=9)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    loaded = lora_null.load_adapter(llama(), tmp_path / "adapter")
+    expected = model(ids()).logits
+    assert (loaded(ids()).logits - expected).norm() <= 1e-6 * expected.norm()
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_training_can_go_on_after_a_round_trip(llama, token_batches, tmp_path, freeze_a):
+    model = trained(llama, token_batches, freeze_a=freeze_a, lora_alpha=9)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    loaded = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True)
+    for (name, ours), theirs in zip(adapter_layers(model).items(), adapter_layers(loaded).values(), strict=True):
+        # With frozen A the scaling has moved into B; the trained parameters are the same set.
+        assert theirs.lora_A.weight.requires_grad is (not freeze_a), name
+        assert theirs.lora_B.weight.requires_grad, name
+        torch.testing.assert_close(theirs.lora_A.weight, ours.lora_A.weight, rtol=1e-5, atol=1e-6)
+        product, expected = (layer.scaling * layer.lora_B.weight for layer in (theirs, ours))
+        torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-6)
+    expected = model(ids()).logits
+    assert (loaded(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
+    # ... and saved again it is the same adapter.
+    lora_null.save_adapter(loaded, tmp_path / "again")
+    first, second = (load_file(str(tmp_path / part / "adapter_model.safetensors")) for part in ("adapter", "again"))
+    for key in first:
+        torch.testing.assert_close(second[key], first[key], rtol=1e-5, atol=2e-6)
+
+
+def test_reads_an_ordinary_peft_adapter(llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft_model = get_peft_model(llama(), config)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    loaded = lora_null.load_adapter(llama(), tmp_path / "adapter")
+    expected = peft_model(ids()).logits
+    assert (loaded(ids()).logits - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_names_are_whole_where_endings_would_select_more(llama, token_batches, tmp_path):
+    from peft import PeftModel
+
+    model = trained(llama, token_batches, target_modules=["layers.1.self_attn.q_proj"])
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))
+    adapted = {key for key in loaded.state_dict() if "lora_A" in key}
+    assert adapted == {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"}
+    expected = model(ids()).logits
+    assert (loaded(ids()).logits - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_no_absolute_path_is_published(llama, token_batches, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    llama().save_pretrained(tmp_path / "my-base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "my-base")
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    for file in (tmp_path / "adapter").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "my-base"
+
+
+class TestNothingIsLost:
+    def test_an_existing_folder_is_refused(self, llama, token_batches, tmp_path):
+        model = trained(llama, token_batches)
+        lora_null.save_adapter(model, tmp_path / "adapter")
+        before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            lora_null.save_adapter(model, tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+    def test_overwriting_replaces_an_adapter_but_never_other_files(self, llama, token_batches, tmp_path):
+        model = trained(llama, token_batches)
+        lora_null.save_adapter(model, tmp_path / "adapter")
+        lora_null.save_adapter(trained(llama, token_batches, seed=1), tmp_path / "adapter", overwrite=True)
+        (tmp_path / "adapter" / "thesis.tex").write_text("years of work")
+        with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+            lora_null.save_adapter(model, tmp_path / "adapter", overwrite=True)
+        assert (tmp_path / "adapter" / "thesis.tex").read_text() == "years of work"
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(FileExistsError, match="not an adapter folder"):
+            lora_null.save_adapter(model, tmp_path / "file", overwrite=True)
+
+    @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError], ids=["interrupt", "disk_full"])
+    def test_an_interrupted_save_leaves_the_old_adapter_whole(
+        self, llama, token_batches, tmp_path, monkeypatch, interrupt
+    ):
+        import lora_null.adapter
+
+        model = trained(llama, token_batches)
+        lora_null.save_adapter(model, tmp_path / "adapter")
+        before = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+
+        def fail(*_):
+            raise interrupt("stopped")
+
+        monkeypatch.setattr(lora_null.adapter, "write_json", fail)
+        with pytest.raises(interrupt):
+            lora_null.save_adapter(trained(llama, token_batches, seed=1), tmp_path / "adapter", overwrite=True)
+        assert {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()} == before
+        assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+    def test_a_diverged_adapter_is_not_saved(self, llama, token_batches, tmp_path):
+        model = trained(llama, token_batches)
+        next(iter(adapter_layers(model).values())).lora_B.weight.data[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj holds NaN"):
+            lora_null.save_adapter(model, tmp_path / "adapter")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_model_without_adapters_has_nothing_to_save_or_merge(self, llama, tmp_path):
+        for call in (lambda model: lora_null.save_adapter(model, tmp_path / "adapter"), lora_null.merge):
+            with pytest.raises(ValueError, match="carries no lora_null adapter"):
+                call(llama())
+
+
+class TestForeignFiles:
+    @pytest.fixture
+    def saved(self, llama, token_batches, tmp_path):
+        lora_null.save_adapter(trained(llama, token_batches), tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def refused(self, model, path, match, error=ValueError):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(error, match=match):
+            lora_null.load_adapter(model, path)
+        assert not adapter_layers(model)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    def test_another_architecture(self, llama, saved):
+        self.refused(llama(hidden_size=32), saved, "belongs to another model")
+        self.refused(llama(num_hidden_layers=1), saved, r"layers\.1\.\S+, which is no module")
+
+    def test_other_weights_of_the_same_shape(self, llama, saved):
+        other = llama(seed=7)
+        self.refused(other, saved, "the shapes agree, the values do not")
+        assert adapter_layers(lora_null.load_adapter(other, saved, verify_base=False))
+
+    def test_the_same_weights_in_another_dtype_are_the_same_model(self, llama, saved):
+        assert adapter_layers(lora_null.load_adapter(llama(torch.bfloat16), saved))
+
+    def test_truncated_weights(self, llama, saved):
+        file = saved / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        self.refused(llama(), saved, "not a readable safetensors file")
+
+    def test_a_pickle_is_never_opened(self, llama, saved, tmp_path):
+        import pickle
+
+        class Bomb:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "exploded"), "w"))
+
+        (saved / "adapter_model.safetensors").write_bytes(pickle.dumps(Bomb()))
+        self.refused(llama(), saved, "not a readable safetensors file")
+        assert not (tmp_path / "exploded").exists()
+
+    def test_strange_tensors(self, llama, saved):
+        save_file({"conv.weight": torch.zeros(2)}, str(saved / "adapter_model.safetensors"))
+        self.refused(llama(), saved, r"conv\.weight")
+
+    def test_damaged_or_missing_configuration(self, llama, saved):
+        (saved / "adapter_config.json").write_text('{"r": ')
+        self.refused(llama(), saved, "is damaged")
+        (saved / "adapter_config.json").unlink()
+        self.refused(llama(), saved, "not an adapter folder", FileNotFoundError)
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_adapters_of_another_kind(self, llama, saved, change):
+        config = json.loads((saved / "adapter_config.json").read_text())
+        (saved / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        self.refused(llama(), saved, "expected (a LoRA adapter|plain LoRA)")
