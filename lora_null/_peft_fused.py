@@ -60,7 +60,7 @@ class FusedKernels:
         """Give every patched layer its own class back."""
         for layer in self.layers:
             if type(layer) is FusedLoraLinear:
-                layer.__class__ = lora.Linear
+                layer.__class__ = lora.Linear  # type: ignore[assignment]
 
 
 def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
@@ -69,7 +69,8 @@ def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
     Parameters, hooks and state-dict names are untouched. Only layers that are exactly ``peft``'s ``lora.Linear``
     on exactly ``torch.nn.Linear`` change; the count and the reasons for the rest are logged and returned.
     """
-    patched, skipped = [], {}
+    patched: list[FusedLoraLinear] = []
+    skipped: dict[str, int] = {}
     for module in peft_model.modules():
         if not isinstance(module, lora.LoraLayer) or isinstance(module, FusedLoraLinear):
             continue

@@ -23,7 +23,7 @@ from ._adapter_files import (
 )
 from ._weights import fingerprint
 from .config import LoraNullConfig
-from .initialization import AdapterState, shift_base
+from .initialization import AdapterState, get_state, set_state, shift_base
 from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
 
 _FORMAT = 1
@@ -58,7 +58,7 @@ def save_adapter(
     """
     layers = _require_layers(model)
     factors = {name: layer.low_rank_delta() for name, layer in layers.items()}
-    state = _state(model)
+    state = get_state(model)
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     write_adapter(
         Path(path),
@@ -174,7 +174,7 @@ def load_adapter(
             lora_dropout=config.lora_dropout,
         )
         linear.lora_B.requires_grad_(is_trainable)
-    base_model.lora_null_state = AdapterState(config, base, own.get("energies", {}))
+    set_state(base_model, AdapterState(config, base, own.get("energies", {})))
     return base_model
 
 
@@ -198,8 +198,7 @@ def merge(model: nn.Module) -> nn.Module:
         # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
         shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
         detach_adapter(layer)
-    if hasattr(model, "lora_null_state"):
-        del model.lora_null_state
+    set_state(model, None)
     return model
 
 
@@ -237,10 +236,6 @@ def _require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
             "or lora_null.load_adapter; for a PeftModel use lora_null.peft."
         )
     return layers
-
-
-def _state(model: nn.Module) -> AdapterState | None:
-    return getattr(model, "lora_null_state", None)
 
 
 def _own_config(state: AdapterState | None, layers: Mapping[str, LoraNullLinear]) -> dict:

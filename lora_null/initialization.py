@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from .factors import factorize
 from .layers import LoraNullLinear, adapter_layers, attach_adapter
 from .solver import NullSpace, null_spaces
 from .targets import target_linears
+
+_STATE = "lora_null_state"
 
 
 @dataclass
@@ -32,6 +35,19 @@ class AdapterState:
     config: LoraNullConfig
     base_fingerprint: str | None = None
     energies: dict[str, float] = field(default_factory=dict)
+
+
+def get_state(model: nn.Module) -> AdapterState | None:
+    """Return what :func:`initialize` or ``load_adapter`` left on the model."""
+    return getattr(model, _STATE, None)
+
+
+def set_state(model: nn.Module, state: AdapterState | None) -> None:
+    """Keep ``state`` on the model, or remove what is kept."""
+    if state is not None:
+        setattr(model, _STATE, state)
+    elif hasattr(model, _STATE):
+        delattr(model, _STATE)
 
 
 def initialize(
@@ -84,7 +100,7 @@ def initialize(
     for name, linear in linears.items():
         _attach(linear, *start.pop(name), config)
     energies = {key: space.energy / float(covariances[key].trace()) for key, space in spaces.items()}
-    model.lora_null_state = AdapterState(config, base_fingerprint, energies)
+    set_state(model, AdapterState(config, base_fingerprint, energies))
     return model
 
 
@@ -103,7 +119,7 @@ def solve(
 
 
 def _attach(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> LoraNullLinear:
-    options = {"scaling": config.scaling, "lora_dropout": config.lora_dropout}
+    options: dict[str, Any] = {"scaling": config.scaling, "lora_dropout": config.lora_dropout}
     if config.freeze_a:
         return attach_adapter(linear, lora_A, torch.zeros_like(lora_B), **options)
     shift_base(linear, lora_A, lora_B, -config.scaling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,19 +113,21 @@ def stack_delta(
     return torch.cat([lora_A, lora_A - initial_A]), scaling * torch.cat([lora_B - initial_B, initial_B], dim=1)
 
 
-@cache
+# Adapted class by the class it adapts; made on demand for quantised and other special linears.
+_PATCHED: dict[type, type[LoraNullLinear]] = {nn.Linear: LoraNullLinear}
+
+
 def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
-    if base is nn.Linear:
-        return LoraNullLinear
-    return type(f"LoraNull{base.__name__}", (LoraNullLinear, base), {})
+    if base not in _PATCHED:
+        _PATCHED[base] = type(f"LoraNull{base.__name__}", (LoraNullLinear, base), {})
+    return _PATCHED[base]
 
 
-@cache
 def _base_class(patched: type[LoraNullLinear]) -> type[nn.Linear]:
     return nn.Linear if patched is LoraNullLinear else patched.__bases__[1]
 
 
-def _set_class(layer: nn.Module, new: type) -> None:
+def _set_class(layer: Any, new: Any) -> None:
     layer.__class__ = new
     if "_old_forward" in layer.__dict__:
         # accelerate keeps the bound forward of the class that it hooked.
@@ -160,14 +162,15 @@ def attach_adapter(
     for parameter in linear.parameters():
         parameter.requires_grad_(False)
     _set_class(linear, _patched_class(type(linear)))
-    linear.lora_A = LowRankFactor(lora_A, trainable=train_a)
-    linear.lora_B = LowRankFactor(lora_B, trainable=True)
-    linear.initial_A = None if initial is None else LowRankFactor(initial[0], trainable=False)
-    linear.initial_B = None if initial is None else LowRankFactor(initial[1], trainable=False)
-    linear.scaling = float(scaling)
-    linear.lora_dropout = float(lora_dropout)
-    linear.adapter_enabled = True
-    return linear  # type: ignore[return-value]
+    layer = cast(LoraNullLinear, linear)
+    layer.lora_A = LowRankFactor(lora_A, trainable=train_a)
+    layer.lora_B = LowRankFactor(lora_B, trainable=True)
+    layer.initial_A = None if initial is None else LowRankFactor(initial[0], trainable=False)
+    layer.initial_B = None if initial is None else LowRankFactor(initial[1], trainable=False)
+    layer.scaling = float(scaling)
+    layer.lora_dropout = float(lora_dropout)
+    layer.adapter_enabled = True
+    return layer
 
 
 def detach_adapter(layer: LoraNullLinear) -> nn.Linear:

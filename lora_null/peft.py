@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,9 +25,9 @@ from .adapter import own_config, short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .factors import factorize
-from .initialization import AdapterState, shift_base
+from .initialization import AdapterState, get_state, set_state, shift_base
 from .layers import stack_delta
-from .solver import null_spaces
+from .solver import NullSpace, null_spaces
 
 __all__ = [
     "FusedKernels",
@@ -83,7 +84,7 @@ def initialize_lora_null_weights(
         _check_layer(name, layer, adapter_name, tuple(covariances[sources[name]].shape), freeze_a)
         key = covariances.group_of(sources[name])
         ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
-    spaces = {}
+    spaces: dict[str, NullSpace] = {}
     for r in sorted(set(ranks.values())):
         matrices = ((key, covariances[key]) for key, rank in ranks.items() if rank == r)
         spaces.update(null_spaces(matrices, r, method=method, seed=seed, progress=progress))
@@ -100,9 +101,9 @@ def initialize_lora_null_weights(
             "now see the shifted base. Save with lora_null.peft.save_adapter, which writes an adapter for the "
             "untouched base.",
         )
-    peft_config = peft_model.peft_config[adapter_name]
+    peft_config = _lora_config(peft_model, adapter_name)
     config = LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=freeze_a, seed=seed)
-    peft_model.lora_null_state = AdapterState(config, base, energies)
+    set_state(peft_model, AdapterState(config, base, energies))
     return peft_model
 
 
@@ -126,7 +127,7 @@ def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name:
         if config.freeze_a:
             freeze_lora_A(peft_model, adapter_name)
         # On disk the adapter is relative to the untouched base, whatever it was trained on.
-        peft_model.lora_null_state = AdapterState(replace(config, r=peft_model.peft_config[adapter_name].r))
+        set_state(peft_model, AdapterState(replace(config, r=_lora_config(peft_model, adapter_name).r)))
     return peft_model
 
 
@@ -153,8 +154,8 @@ def save_adapter(
         )
         for name, layer in layers.items()
     }
-    peft_config = peft_model.peft_config[adapter_name]
-    state = getattr(peft_model, "lora_null_state", None) or AdapterState(
+    peft_config = _lora_config(peft_model, adapter_name)
+    state = get_state(peft_model) or AdapterState(
         LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=False)
     )
     base = peft_config.base_model_name_or_path
@@ -169,8 +170,8 @@ def save_adapter(
     )
 
 
-def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, lora.Linear]:
-    """Return the ``lora.Linear`` layers that hold the adapter, by their name in the base model."""
+def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """Return the layers that hold the adapter, by their name in the base model."""
     model = peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
     layers = {
         name: module
@@ -183,6 +184,10 @@ def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[st
             "from peft.get_peft_model(model, LoraConfig(...)); for a plain model use lora_null.initialize."
         )
     return layers
+
+
+def _lora_config(peft_model: PeftModel, adapter_name: str) -> Any:
+    return peft_model.peft_config[adapter_name]
 
 
 def _linear_names(peft_model: PeftModel) -> set[str]:
@@ -204,7 +209,7 @@ def _covariance_name(name: str, covariances: Covariances) -> str:
     )
 
 
-def _check_layer(name: str, layer: lora.LoraLayer, adapter_name: str, shape: tuple[int, ...], freeze_a: bool) -> None:
+def _check_layer(name: str, layer: Any, adapter_name: str, shape: tuple[int, ...], freeze_a: bool) -> None:
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear) or not hasattr(layer.lora_A[adapter_name], "weight"):
         raise ValueError(
@@ -228,7 +233,7 @@ def _check_layer(name: str, layer: lora.LoraLayer, adapter_name: str, shape: tup
 
 
 @torch.no_grad()
-def _initialize_layer(layer: lora.LoraLayer, basis: Tensor, adapter_name: str, freeze_a: bool) -> None:
+def _initialize_layer(layer: Any, basis: Tensor, adapter_name: str, freeze_a: bool) -> None:
     base = layer.get_base_layer()
     with materialized(base):
         weight = dense_weight(base)
@@ -240,12 +245,12 @@ def _initialize_layer(layer: lora.LoraLayer, basis: Tensor, adapter_name: str, f
         return
     layer.lora_B[adapter_name].weight.copy_(initial_B)
     # The values as stored: a bf16 adapter rounds, and the shift must undo exactly what it adds.
-    stored = tuple(part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
-    shift_base(base, *stored, -layer.scaling[adapter_name])
-    setattr(layer, _INITIAL, {**getattr(layer, _INITIAL, {}), adapter_name: stored})
+    stored_A, stored_B = (part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+    shift_base(base, stored_A, stored_B, -layer.scaling[adapter_name])
+    setattr(layer, _INITIAL, {**getattr(layer, _INITIAL, {}), adapter_name: (stored_A, stored_B)})
 
 
-def _freeze(layer: lora.LoraLayer, adapter_name: str) -> None:
+def _freeze(layer: Any, adapter_name: str) -> None:
     # set_adapter() and the end of disable_adapter() undo requires_grad_(False) alone; names listed here stay frozen.
     frozen = dict(layer.frozen_peft_weight_names)
     frozen[adapter_name] = tuple(dict.fromkeys((*frozen.get(adapter_name, ()), "lora_A")))

@@ -176,9 +176,7 @@ def test_forced_kernel_falls_back_or_fails_in_strict_mode(monkeypatch, caplog):
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked):
     mask = torch.rand(12) > 0.5 if masked else None
-    torch.library.opcheck(
-        torch.ops.lora_null.covariance_update.default, (torch.zeros(8, 8), torch.randn(12, 8), mask)
-    )
+    torch.library.opcheck(torch.ops.lora_null.covariance_update.default, (torch.zeros(8, 8), torch.randn(12, 8), mask))
 
 
 def test_compiles_without_graph_breaks():

@@ -129,9 +129,7 @@ def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
             "or float64 with a float64 C"
         )
     if C.device != x.device:
-        raise ValueError(
-            f"covariance_update: C is on {C.device} and x on {x.device}; allocate C on the input's device"
-        )
+        raise ValueError(f"covariance_update: C is on {C.device} and x on {x.device}; allocate C on the input's device")
     if C.shape[0] > 1 and C.stride(1) != 1:
         raise ValueError(f"covariance_update: C needs unit column stride, got strides {C.stride()}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
