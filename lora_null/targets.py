@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,8 @@ from .config import ALL_LINEAR
 
 def output_head_names(model: nn.Module) -> set[str]:
     """Return the module names of the output head (``lm_head`` in LLaMA), which stays without an adapter."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
     return {name for name, module in model.named_modules() if head is not None and module is head} | {"lm_head"}
 
 
