@@ -1,0 +1,74 @@
+"""The differentiable operations in plain torch: definition, fallback and yardstick.
+
+Same names and arguments as :mod:`lora_null.ops`. Autograd differentiates them, so they also say what the
+gradients are; they run on anything that torch's own operators run on (CPU, float64, DTensor, tensor subclasses).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Zero the entries of ``x (..., d)`` that the mask of ``seed`` drops and divide the others by ``1 - dropout``.
+
+    The mask depends on ``seed`` and on an entry's row and column alone: whoever knows the seed can make it again,
+    so nobody stores it.
+    """
+    from ..kernels.lora import keep_mask
+
+    T, d = x.shape[:-1].numel(), x.shape[-1]
+    keep = keep_mask(T, d, dropout=dropout, seed=seed, device=x.device).view(x.shape)
+    return torch.where(keep, x / (1.0 - dropout), 0.0)
+
+
+def draw_seed() -> Tensor:
+    """Draw a dropout seed from torch's CPU generator, as an int64 scalar tensor.
+
+    A tensor rather than a number, so that a compiled graph draws anew at every call; from torch's generator,
+    so that ``torch.manual_seed`` and the random state kept by gradient checkpointing govern it.
+    """
+    return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def lora_project(
+    x: Tensor, *lora_As: Tensor, dropout: float = 0.0, training: bool = True, seed: int | Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Return ``drop(x) A_i^T`` ``(..., r_i)`` for each ``A_i (r_i, d)``; see :func:`lora_null.ops.lora_project`."""
+    if dropout and training:
+        x = dropped(x, dropout, int(draw_seed() if seed is None else seed))
+    return tuple(linear(x, lora_A.to(x.dtype)) for lora_A in lora_As)
+
+
+def lora_up_linear(
+    x: Tensor, weight: Tensor, projected: Tensor, lora_B: Tensor, *, scaling: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """Return ``x W^T + s P B^T + bias`` with ``P = projected``; see :func:`lora_null.ops.lora_up_linear`."""
+    return linear(x, weight, bias) + scaling * linear(projected, lora_B.to(projected.dtype))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Return ``x W^T + s drop(x) A^T B^T + bias``; see :func:`lora_null.ops.lora_linear`."""
+    (projected,) = lora_project(x, lora_A, dropout=dropout, training=training, seed=seed)
+    return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias)
+
+
+def lora_linear_and_projection(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``(y, x A^T)``; see :func:`lora_null.ops.lora_linear_and_projection`."""
+    (projected,) = lora_project(x, lora_A)
+    return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias), projected

@@ -1,0 +1,67 @@
+"""The five products of an adapted linear through the vendor's GEMM: cuBLAS on CUDA, oneDNN or MKL on CPU.
+
+Same functions and arguments as the Triton launchers in ``lora_null.kernels.lora``. A low-rank product is
+accumulated into the large one (``beta = 1``) instead of being written, scaled and added, which leaves 8 of the 16
+extra passes over a ``(T, d)`` matrix that separate operations make. Matrices are 2-D: ``x (T, d)``, ``dy (T, m)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def project(x: Tensor, lora_As: Sequence[Tensor], *, dropout: float = 0.0, seed: int = 0) -> tuple[Tensor, ...]:
+    """Return ``S_i = drop(x) A_i^T`` ``(T, r_i)`` in ``x.dtype``."""
+    x = reference.dropped(x, dropout, seed) if dropout else x
+    return tuple(torch.mm(x, lora_A.to(x.dtype).t()) for lora_A in lora_As)
+
+
+def forward(
+    x: Tensor, weight: Tensor, projected: Tensor, lora_B: Tensor, *, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """Return ``y = x W^T + s S B^T + bias`` ``(T, m)``."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y.addmm_(projected, lora_B.to(y.dtype).t(), alpha=scaling)
+
+
+def backward_dy(
+    dy: Tensor, projected: Tensor | None, lora_B: Tensor | None, *, scaling: float, need_dS: bool, need_dB: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``dS = s dy B`` ``(T, r)`` in ``dy.dtype`` and ``dB = s dy^T S`` ``(m, r)``, each where needed."""
+    dS = dB = None
+    if need_dS:
+        assert lora_B is not None
+        # beta = 0 ignores the uninitialised operand; alpha applies the scaling before the only rounding.
+        dS = dy.new_empty(dy.shape[0], lora_B.shape[1]).addmm_(dy, lora_B.to(dy.dtype), beta=0, alpha=scaling)
+    if need_dB:
+        assert projected is not None
+        dB = _mm_fp32(dy.t(), projected).mul_(scaling)
+    return dS, dB
+
+
+def backward_dx(
+    dy: Tensor, weight: Tensor, dS: Tensor, lora_A: Tensor, *, dropout: float = 0.0, seed: int = 0
+) -> Tensor:
+    """Return ``dx = dy W + drop'(dS A)`` ``(T, d)``."""
+    dx = torch.mm(dy, weight)
+    if dropout:
+        return dx.add_(reference.dropped(torch.mm(dS, lora_A.to(dS.dtype)), dropout, seed))
+    return dx.addmm_(dS, lora_A.to(dS.dtype))
+
+
+def backward_dA(dS: Tensor, x: Tensor, *, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """Return ``dA = dS^T drop(x)`` ``(r, d)``."""
+    x = reference.dropped(x, dropout, seed) if dropout else x
+    return _mm_fp32(dS.t(), x)
+
+
+def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply with an fp32 result where the vendor library offers one; gradients of fp32 factors deserve it."""
+    if a.is_cuda and torch.version.cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
