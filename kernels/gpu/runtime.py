@@ -13,7 +13,18 @@ from torch import Tensor
 
 from . import config
 
-__all__ = ["interpreting", "launch", "multiprocessors", "unavailable"]
+__all__ = [
+    "aligned",
+    "cdiv",
+    "interpreting",
+    "launch",
+    "multiprocessors",
+    "padded",
+    "precision",
+    "reduce",
+    "splits_for",
+    "unavailable",
+]
 
 
 @cache
@@ -53,7 +64,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     """Start ``kernel`` on ``device``'s current stream, whichever device is current in the caller."""
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            kernel[grid](*args, enable_fp_fusion=True, **options)
     else:
         for name in ("num_warps", "num_stages"):
             options.pop(name, None)
@@ -64,3 +75,46 @@ def aligned(x: Tensor) -> bool:
     """Say whether tensor descriptors can address ``x``: 16-byte base and row strides, unit columns."""
     rows_fit = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
     return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and rows_fit
+
+
+def cdiv(size: int, block: int) -> int:
+    """Return the number of blocks that cover ``size``."""
+    return -(-size // block)
+
+
+def padded(size: int) -> int:
+    """Return the smallest tile side that holds ``size``: a power of two, 16 or more for the matrix units."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def splits_for(tiles: int, steps: int, min_steps: int, device: torch.device) -> int:
+    """Return into how many parts to cut a sum of ``steps`` steps so that ``tiles`` programs fill the device.
+
+    At most so many that every part keeps ``min_steps`` steps: each part writes a slice that is read again.
+    """
+    wanted = multiprocessors(device) // max(tiles, 1)
+    return max(1, min(wanted, steps // min_steps))
+
+
+def precision(x: Tensor) -> str:
+    """Return how fp32 operands are multiplied: exactly, or in TF32 where torch's own switch allows that."""
+    if x.dtype == torch.float32 and x.device.type == "cuda" and not torch.version.hip:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee"
+
+
+def reduce(part: Tensor, out: Tensor) -> None:
+    """Add the slices of ``part (slices, ...)`` fp32 in their order into ``out (...)``, contiguous."""
+    from .tiles import reduce_kernel
+
+    block = 1024
+    launch(
+        reduce_kernel,
+        (cdiv(out.numel(), block),),
+        out.device,
+        part,
+        out,
+        out.numel(),
+        SLICES=part.shape[0],
+        BLOCK=block,
+    )

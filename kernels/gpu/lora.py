@@ -1,0 +1,248 @@
+"""Launchers of the base + LoRA linear ``y = x W^T + s (x A^T) B^T + bias`` and of its gradients.
+
+Shapes: x ``(T, d)``, W ``(m, d)``, A ``(r, d)``, B ``(m, r)``, S = drop(x) A^T ``(T, r)``, dy and y ``(T, m)``.
+Every matrix has unit column stride and any row stride; outputs are allocated here, contiguous. x, W and dy are
+bf16, fp16 or fp32 and share their type; the small matrices may also be fp32 and are converted to it. Sums are
+fp32; fp32 operands are multiplied in full fp32 unless ``torch.set_float32_matmul_precision`` allows TF32. All
+sums have a fixed order: the same call gives the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from . import config, runtime
+from .dropout import Dropout, keep_mask
+from .runtime import cdiv, padded, splits_for
+
+__all__ = ["backward_dA", "backward_dx", "backward_dy", "forward", "keep_mask", "project", "supported"]
+
+MAX_RANK = 512
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Offsets inside a tile are 32-bit: 256 rows of this many elements stay below 2^31.
+_MAX_STRIDE = 1 << 22
+
+
+def supported(x: Tensor, weight: Tensor, *small: Tensor, rank: int | None = None) -> str | None:
+    """Return why the kernels cannot take these tensors, or None if they can.
+
+    Args:
+        x: ``(T, d)`` or ``(T, m)``, as `forward` or `backward_dx` get it.
+        weight: ``(m, d)``.
+        small: A's, B, S, dS; their types and places are checked.
+        rank: r; taken from the second dimension of the first small matrix if it is not given.
+    """
+    reason = runtime.unavailable(x.device)
+    if reason is not None:
+        return reason
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        return f"the weight is a {type(weight).__name__}"
+    if x.dtype not in _TYPES:
+        return f"x is {x.dtype}"
+    if weight.dtype != x.dtype:
+        return f"x is {x.dtype} and the weight {weight.dtype}"
+    if any(t.dtype not in (x.dtype, torch.float32) for t in small):
+        return f"x is {x.dtype} and an adapter matrix {[t.dtype for t in small]}"
+    if any(t.device != x.device for t in (weight, *small)):
+        return "the tensors are on several devices"
+    if any(t.dim() != 2 for t in (x, weight, *small)):
+        return "a matrix is not 2-D"
+    for t in (x, weight):
+        if t.shape[1] > 1 and t.stride(1) != 1:
+            return f"a matrix has column stride {t.stride(1)}"
+        if t.stride(0) > _MAX_STRIDE:
+            return f"a matrix has row stride {t.stride(0)}"
+    r = rank if rank is not None else (min(small[0].shape) if small else 1)
+    if not 1 <= r <= MAX_RANK:
+        return f"rank {r} is outside 1..{MAX_RANK}"
+    return None
+
+
+def project(x: Tensor, As: tuple[Tensor, ...], *, dropout: float = 0.0, seed: int = 0) -> tuple[Tensor, ...]:
+    """Return ``S_i (T, r_i) = drop(x) A_i^T`` in x's type for every A_i ``(r_i, d)``, four to a pass over x.
+
+    Dropout is one mask for all of them, `keep_mask`'s; kept elements are scaled by 1/(1-p).
+    """
+    outputs: list[Tensor] = []
+    for first in range(0, len(As), 4):
+        group = [_small(A, x) for A in As[first : first + 4]]
+        stacked = group[0] if len(group) == 1 else torch.cat(group)
+        outputs += _thin(x, stacked, [A.shape[0] for A in group], 1.0, dropout, seed)
+    return tuple(outputs)
+
+
+def forward(
+    x: Tensor, weight: Tensor, S: Tensor, lora_B: Tensor, *, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """Return ``y (T, m) = x W^T + scaling * S B^T + bias`` in x's type, summed in one accumulator."""
+    return _linear(x, weight, S, lora_B, bias, scaling, transposed=False, dropout=0.0, seed=0)
+
+
+def backward_dx(
+    dy: Tensor, weight: Tensor, dS: Tensor, lora_A: Tensor, *, dropout: float = 0.0, seed: int = 0
+) -> Tensor:
+    """Return ``dx (T, d) = dy W + drop'(dS A)``; drop' masks and scales by 1/(1-p) as the forward's drop did."""
+    return _linear(dy, weight, dS, lora_A, None, 1.0, transposed=True, dropout=dropout, seed=seed)
+
+
+def backward_dy(
+    dy: Tensor,
+    S: Tensor | None,
+    lora_B: Tensor | None,
+    *,
+    scaling: float,
+    need_dS: bool = True,
+    need_dB: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``dS (T, r) = scaling * dy B`` in dy's type and ``dB (m, r) = scaling * dy^T S`` in fp32.
+
+    What is not needed is None; without dB, S may be None, and without dS, lora_B may be.
+    """
+    if need_dS and lora_B is None:
+        raise ValueError("backward_dy: need_dS=True needs lora_B (m, r), got None")
+    if need_dB and S is None:
+        raise ValueError("backward_dy: need_dB=True needs S (T, r), got None")
+    if need_dS and need_dB:
+        return _both(dy, S, lora_B, scaling)
+    dS = _thin(dy, _small(lora_B, dy).t(), [lora_B.shape[1]], scaling, 0.0, 0)[0] if need_dS else None
+    dB = _tall(dy, S, scaling, transposed=False, dropout=0.0, seed=0) if need_dB else None
+    return dS, dB
+
+
+def backward_dA(dS: Tensor, x: Tensor, *, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """Return ``dA (r, d) = dS^T drop(x)`` in fp32."""
+    return _tall(x, dS, 1.0, transposed=True, dropout=dropout, seed=seed)
+
+
+def _thin(x: Tensor, factor: Tensor, widths: list[int], scaling: float, dropout: float, seed: int) -> list[Tensor]:
+    """Return ``scaling * drop(x) factor^T``, factor ``(R, K)`` with any strides, cut into columns of ``widths``."""
+    T, K = x.shape
+    R = factor.shape[0]
+    outputs = [_empty(x, T, width) for width in widths]
+    if T == 0:
+        return outputs
+    c = config.launch_config("project", x.dtype, config.architecture(x.device), T=T, d=K, r=R)
+    block_n = min(padded(R), c.pop("BLOCK_N"))
+    tiles, steps = cdiv(T, c["BLOCK_T"]) * cdiv(R, block_n), cdiv(K, c["BLOCK_K"])
+    splits = splits_for(tiles, steps, c.pop("MIN_STEPS"), x.device) if len(widths) == 1 else 1
+    targets = outputs if splits == 1 else [_empty(x, splits, T, R, dtype=torch.float32)]
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    words = Dropout.of(dropout, seed)
+    from .lora_kernels import project_kernel
+
+    runtime.launch(
+        project_kernel, (tiles, splits), x.device,
+        x, factor, *_four(targets), T, K, *_four(ends), x.stride(0), factor.stride(0), factor.stride(1),
+        scaling * words.scale if dropout else scaling, *words[:3],
+        **c, BLOCK_N=block_n, SPLITS=splits, OUTPUTS=len(widths), EVEN_K=K % c["BLOCK_K"] == 0,
+        DROPOUT=dropout > 0, PRECISION=runtime.precision(x),
+    )  # fmt: skip
+    if splits > 1:
+        runtime.reduce(targets[0], outputs[0])
+    return outputs
+
+
+def _tall(y: Tensor, S: Tensor, scaling: float, *, transposed: bool, dropout: float, seed: int) -> Tensor:
+    """Return ``scaling * drop(y)^T S`` ``(N, r)`` in fp32, or its transpose."""
+    S = _small(S, y)
+    (T, N), R = y.shape, S.shape[1]
+    shape = (R, N) if transposed else (N, R)
+    out = _empty(y, *shape, dtype=torch.float32)
+    if T == 0:
+        return out.zero_()
+    c = config.launch_config("outer", y.dtype, config.architecture(y.device), T=T, d=N, r=R)
+    block_r = min(padded(R), c.pop("BLOCK_R"))
+    tiles, steps = cdiv(N, c["BLOCK_N"]) * cdiv(R, block_r), cdiv(T, c["BLOCK_T"])
+    splits = splits_for(tiles, steps, c.pop("MIN_STEPS"), y.device)
+    target = out if splits == 1 else _empty(y, splits, *shape, dtype=torch.float32)
+    words = Dropout.of(dropout, seed)
+    from .lora_kernels import outer_kernel
+
+    runtime.launch(
+        outer_kernel, (tiles, splits), y.device,
+        y, S, target, T, N, R, y.stride(0), S.stride(0), *((1, N) if transposed else (R, 1)),
+        scaling * words.scale if dropout else scaling, *words[:3],
+        **c, BLOCK_R=block_r, SPLITS=splits, EVEN_N=N % c["BLOCK_N"] == 0, DROPOUT=dropout > 0,
+        PRECISION=runtime.precision(y),
+    )  # fmt: skip
+    if splits > 1:
+        runtime.reduce(target, out)
+    return out
+
+
+def _both(dy: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    S, lora_B = _small(S, dy), _small(lora_B, dy)
+    (T, M), R = dy.shape, S.shape[1]
+    dS = _empty(dy, T, R)
+    dB = _empty(dy, M, R, dtype=torch.float32)
+    if T == 0:
+        return dS, dB.zero_()
+    c = config.launch_config("dy", dy.dtype, config.architecture(dy.device), T=T, m=M, r=R)
+    block_r = min(padded(R), c.pop("BLOCK_R"))
+    steps = c.pop("MIN_STEPS")
+    tiles_r, tiles_m = cdiv(R, block_r), cdiv(M, c["BLOCK_M"])
+    # whole row tiles of both roles; small enough to be found in the L2 cache by the second of them
+    unit = max(c["ROWS"], c["BLOCK_T"])
+    slab = min(max(c.pop("SLAB_BYTES") // (M * dy.itemsize * unit), 1), cdiv(T, unit)) * unit
+    slabs = cdiv(T, slab)
+    splits_m = splits_for(cdiv(T, c["ROWS"]) * tiles_r, cdiv(M, c["BLOCK_K"]), steps, dy.device)
+    splits_t = splits_for(slabs * tiles_m * tiles_r, slab // c["BLOCK_T"], steps, dy.device)
+    while slab // c["BLOCK_T"] % splits_t:
+        splits_t -= 1
+    part_dS = dS if splits_m == 1 else _empty(dy, splits_m, T, R, dtype=torch.float32)
+    part_dB = dB if slabs * splits_t == 1 else _empty(dy, slabs * splits_t, M, R, dtype=torch.float32)
+    programs = slab // c["ROWS"] * tiles_r * splits_m + tiles_m * tiles_r * splits_t
+    from .lora_kernels import dy_kernel
+
+    runtime.launch(
+        dy_kernel, (slabs * programs,), dy.device,
+        dy, S, lora_B, part_dS, part_dB, T, M, R, dy.stride(0), S.stride(0), *lora_B.stride(), scaling, slab,
+        **c, BLOCK_R=block_r, SPLITS_M=splits_m, SPLITS_T=splits_t,
+        EVEN_M=M % max(c["BLOCK_M"], c["BLOCK_K"]) == 0, PRECISION=runtime.precision(dy),
+    )  # fmt: skip
+    if part_dS is not dS:
+        runtime.reduce(part_dS, dS)
+    if part_dB is not dB:
+        runtime.reduce(part_dB, dB)
+    return dS, dB
+
+
+def _linear(
+    x: Tensor, weight: Tensor, S: Tensor, factor: Tensor, bias: Tensor | None, scaling: float,
+    *, transposed: bool, dropout: float, seed: int,
+) -> Tensor:  # fmt: skip
+    S, factor = _small(S, x), _small(factor, x)
+    (T, K), R = x.shape, S.shape[1]
+    N = weight.shape[1] if transposed else weight.shape[0]
+    y = _empty(x, T, N)
+    if T == 0:
+        return y
+    c = config.launch_config("linear", x.dtype, config.architecture(x.device), T=T, d=K, m=N, r=R)
+    block_r = min(padded(R), c.pop("BLOCK_R"))
+    # to the kernel W is (N, K) and the factor (N, R), whichever way they lie in memory
+    order = (1, 0) if transposed else (0, 1)
+    words = Dropout.of(dropout, seed)
+    from .lora_kernels import linear_kernel
+
+    runtime.launch(
+        linear_kernel, (cdiv(T, c["BLOCK_T"]) * cdiv(N, c["BLOCK_N"]),), x.device,
+        x, weight, S, factor, bias, y, T, N, K, R, x.stride(0), *(weight.stride(i) for i in order),
+        S.stride(0), *(factor.stride(i) for i in order), N,
+        scaling * words.scale if dropout else scaling, *words[:3],
+        **c, BLOCK_R=block_r, EVEN_N=N % c["BLOCK_N"] == 0, EVEN_K=K % c["BLOCK_K"] == 0,
+        BIAS=bias is not None, DROPOUT=dropout > 0, PRECISION=runtime.precision(x),
+    )  # fmt: skip
+    return y
+
+
+def _small(matrix: Tensor, x: Tensor) -> Tensor:
+    """Return an adapter matrix in x's type with unit column stride; x itself is never converted."""
+    matrix = matrix.to(x.dtype)
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
+
+
+def _four(items: list) -> list:
+    return items + items[-1:] * (4 - len(items))
