@@ -92,10 +92,14 @@ def _first(entries: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, An
     return next(entry for entry in entries if matches(entry, sizes))
 
 
-def launch_config(kernel: str, dtype: torch.dtype, arch: str, **sizes: int) -> dict[str, Any]:
-    """Return a fresh copy of the launch configuration of ``kernel`` for operands of ``dtype`` and a size."""
+def launch_config(kernel: str, dtype: torch.dtype, arch: str, *, tma: bool = False, **sizes: int) -> dict[str, Any]:
+    """Return a fresh copy of the launch configuration of ``kernel`` for operands of ``dtype`` and these sizes.
+
+    Entries that use tensor descriptors (``TMA``) are passed over unless ``tma`` says that the operands allow it.
+    """
     bits = "32" if dtype.itemsize >= 4 else "16"
-    entry = _first(table(arch)["kernels"][kernel][bits], sizes)
+    entries = table(arch)["kernels"][kernel][bits]
+    entry = _first([entry for entry in entries if tma or not entry.get("TMA")], sizes)
     return {key: value for key, value in entry.items() if key != "when"}
 
 

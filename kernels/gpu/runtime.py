@@ -16,6 +16,7 @@ from . import config
 __all__ = [
     "aligned",
     "cdiv",
+    "descriptor",
     "interpreting",
     "launch",
     "multiprocessors",
@@ -77,6 +78,13 @@ def aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and rows_fit
 
 
+def descriptor(x: Tensor, *block: int) -> Any:
+    """Return a tensor descriptor of an `aligned` ``x`` for blocks of the given sides."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, list(block))
+
+
 def cdiv(size: int, block: int) -> int:
     """Return the number of blocks that cover ``size``."""
     return -(-size // block)
@@ -92,8 +100,9 @@ def splits_for(tiles: int, steps: int, min_steps: int, device: torch.device) -> 
 
     At most so many that every part keeps ``min_steps`` steps: each part writes a slice that is read again.
     """
-    wanted = multiprocessors(device) // max(tiles, 1)
-    return max(1, min(wanted, steps // min_steps))
+    wanted = max(1, min(multiprocessors(device) // tiles, steps // min_steps))
+    # parts are equal but for the last, and none of them is empty
+    return cdiv(steps, cdiv(steps, wanted))
 
 
 def precision(x: Tensor) -> str:

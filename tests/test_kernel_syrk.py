@@ -1,0 +1,150 @@
+"""The symmetric kernel against float64: tile order, ragged sizes, masks, splits, strides, both variants.
+
+Runs on a CUDA device, or in Triton's interpreter when the process is started with TRITON_INTERPRET=1
+(`test_kernel_interpreter.py` does).
+"""
+
+import os
+
+import pytest
+import torch
+from lora_null.kernels import config, runtime, syrk
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+triangle_tile = pytest.importorskip("lora_null.kernels.syrk_kernels").triangle_tile
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+SMALL = {"GROUP": 2, "MIN_STEPS": 1, "num_warps": 4, "num_stages": 2}
+VARIANTS = {
+    "square": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL},
+    "tall": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL},
+    "tma": {
+        "TMA": True, "OCCUPANCY": 1, "WARP_SPECIALIZE": False, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fill everything that torch.empty returns with NaN: an element that no kernel writes shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def use(monkeypatch, variant, multiprocessors=1):
+    """Run the launcher with one configuration, on a device of so many multiprocessors."""
+    monkeypatch.setattr(config, "launch_config", lambda *args, **kwargs: dict(VARIANTS[variant]))
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: multiprocessors)
+
+
+def draw(T, d, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(T, d, generator=generator) + 0.3).to(DEVICE, dtype)
+
+
+def check(C, start, x):
+    truth = (start.double() + x.double().t() @ x.double()).tril()
+    own = torch.addmm(start.float(), x.float().t(), x.float()).double().tril()
+    got = C.double().tril()
+    assert torch.isfinite(got).all(), f"{(~torch.isfinite(got)).sum()} elements were not written"
+    error, allowed = ((t - truth).norm() / truth.norm() for t in (got, own))
+    assert error <= 2 * allowed + 1e-7, f"relative error {error:.3g}, torch's own {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, d", [(1, 1), (63, 100), (130, 72), (17, 160)], ids=lambda n: str(n))
+@pytest.mark.parametrize("variant", ["square", "tall"])
+@pytest.mark.parametrize("multiprocessors", [1, 4000], ids=["whole", "split"])
+def test_update(monkeypatch, variant, multiprocessors, T, d, dtype):
+    use(monkeypatch, variant, multiprocessors)
+    x, start = draw(T, d, dtype), draw(d, d, torch.float32, 1)
+    C = start.clone()
+    syrk.covariance_update(C, x)
+    check(C, start, x)
+    again = start.clone()
+    syrk.covariance_update(again, x)
+    assert torch.equal(C, again), "the same call gave other bits"
+
+
+@pytest.mark.parametrize("T, d", [(63, 104), (130, 72)], ids=lambda n: str(n))
+@pytest.mark.parametrize("multiprocessors", [3, 4000], ids=["whole", "split"])
+def test_update_through_descriptors(monkeypatch, multiprocessors, T, d):
+    if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no TMA")
+    use(monkeypatch, "tma", multiprocessors)
+    x, start = draw(T, d, torch.float16), draw(d, d, torch.float32, 1)
+    C = start.clone()
+    syrk.covariance_update(C, x)
+    check(C, start, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, d", [(63, 500), (500, 63)] + [(1504, 736), (4096, 2048)] * (not INTERPRETED))
+def test_shipped_configuration(dtype, T, d):
+    x, start = draw(T, d, dtype), draw(d, d, torch.float32, 1)
+    C = start.clone()
+    syrk.covariance_update(C, x)
+    check(C, start, x)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4000], ids=["whole", "split"])
+def test_masked_rows_are_not_read(monkeypatch, multiprocessors):
+    use(monkeypatch, "tall", multiprocessors)
+    x = draw(100, 72, torch.float32)
+    mask = torch.arange(100, device=DEVICE) % 3 != 1
+    poisoned = torch.where(mask[:, None], x, float("nan"))
+    C = torch.zeros(72, 72, device=DEVICE)
+    syrk.covariance_update(C, poisoned, mask)
+    check(C, torch.zeros(72, 72, device=DEVICE), x[mask])
+
+
+def test_strided_rows_and_a_slice_of_C(monkeypatch):
+    use(monkeypatch, "square")
+    wide = draw(50, 200, torch.float32)
+    buffer = torch.full((72, 100), float("inf"), device=DEVICE)
+    for x in (wide[::2, 8:80], wide[:, :144:2]):
+        C = buffer[:, :72].zero_()
+        syrk.covariance_update(C, x)
+        check(C, torch.zeros(72, 72, device=DEVICE), x)
+    assert buffer[:, 72:].isinf().all()
+
+
+def test_fp64_is_flushed_in_pieces(monkeypatch):
+    use(monkeypatch, "square")
+    monkeypatch.setattr(syrk, "FLUSH", 16)
+    x = draw(130, 40, torch.float32) * torch.logspace(0, 3, 130, device=DEVICE)[:, None]
+    C, plain = (torch.zeros(40, 40, device=DEVICE, dtype=t) for t in (torch.float64, torch.float32))
+    syrk.covariance_update(C, x)
+    for piece in x.split(16):
+        syrk.covariance_update(plain, piece)
+    truth = (x.double().t() @ x.double()).tril()
+    error, fp32 = (((t.double().tril() - truth).norm() / truth.norm()).item() for t in (C, plain))
+    assert error < fp32, f"fp64 flush {error:.3g} is no better than fp32 {fp32:.3g}"
+
+
+@triton.jit
+def write_tile_index(out_ptr, n, GROUP: tl.constexpr, RATIO: tl.constexpr):
+    i, j = triangle_tile(tl.program_id(0), n, GROUP, RATIO)
+    tl.store(out_ptr + tl.program_id(0) * 2, i)
+    tl.store(out_ptr + tl.program_id(0) * 2 + 1, j)
+
+
+@pytest.mark.parametrize("GROUP, RATIO", [(1, 1), (3, 1), (8, 2)])
+def test_tiles_cover_the_triangle_exactly_once(GROUP, RATIO):
+    for n in (1, 2, 7, 20):
+        tiles = n * (n + 1) // 2 * RATIO
+        out = torch.full((tiles, 2), -1, dtype=torch.int32, device=DEVICE)
+        write_tile_index[(tiles,)](out, n, GROUP=GROUP, RATIO=RATIO)
+        expected = {(i, j) for i in range(n) for j in range((i + 1) * RATIO)}
+        assert sorted(map(tuple, out.tolist())) == sorted(expected)
