@@ -1,0 +1,1 @@
+"""The benchmark suite: one harness, every peer, results as data. Run it with ``python -m benchmarks``."""

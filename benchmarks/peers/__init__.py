@@ -1,0 +1,1 @@
+"""Peers that are no installable package: ways of writing it with torch, and the published procedure."""
