@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
 import logging
@@ -44,7 +43,6 @@ class Call:
         modes: What can be timed, by mode name.
         output: Returns the result that is compared with the truth; ``None`` for a floor, which computes less.
         metrics: Further figures of the record, known without timing.
-        report: Called after the timing with the times in milliseconds by mode; returns further figures.
     """
 
     modes: dict[str, Timed]
@@ -101,7 +99,8 @@ class Question:
         title: One line.
         graphs: Whether CUDA-graph replays are timed beside eager calls.
         seconds: Time for the samples of one mode of one case.
-        assumption: Printed with the results, where they are less than the real thing.
+        memory: Whether the peak memory is measured, by one more run.
+        at_least: Samples of a provider that is slower than its share of ``seconds``.
     """
 
     name: ClassVar[str]
@@ -109,6 +108,7 @@ class Question:
     graphs: ClassVar[bool] = False
     seconds: ClassVar[float] = 6.0
     memory: ClassVar[bool] = True
+    at_least: ClassVar[int] = 3
 
     def cases(self, device: str, full: bool) -> list[Case]:
         """Return the cases, most valuable first; ``full`` adds those that do not fit a ten-minute run."""
@@ -222,7 +222,7 @@ class Run:
                 continue
             it = call.modes[mode]
             if execution == "graph":
-                if it.prepare is not None or not it.capturable:
+                if it.prepare is not None or it.self_timed or not it.capturable:
                     continue
                 try:
                     it = timing.captured(it)
@@ -238,7 +238,7 @@ class Run:
             return
         clocks_before = environment.clocks(self.options.device)
         seconds = question.seconds * self.options.seconds_scale
-        samples = timing.interleave(timed, self.clock, seconds=seconds)
+        samples = timing.interleave(timed, self.clock, seconds=seconds, at_least=question.at_least)
         clocks_after = environment.clocks(self.options.device)
         work = question.work(case, mode)
         limit = None if work is None or self.ceilings is None else self.ceilings.limit_ms(work)
@@ -313,14 +313,3 @@ def _line(record: dict) -> str:
     if record.get("rate_per_s"):
         text += f"  {record['rate_per_s'] / 1e9:.4g} G/s"
     return text
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run the block with this many threads in torch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -8,6 +8,7 @@ share of the limit is ``limit / time``; a method that needs fewer operations tha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -79,7 +80,7 @@ def measure_ceilings(device: str, dtypes: tuple[str, ...], seconds: float = 1.0)
     count = 2**30 if device == "cuda" else 2**26
     source = torch.rand(count // 4, device=device)
     target = torch.empty_like(source)
-    times = {"copy": _time(Timed(lambda: target.copy_(source)), ticks, seconds)}
+    times = {"copy": _time(Timed(partial(target.copy_, source)), ticks, seconds)}
     copy = 2 * source.nbytes / (times["copy"].median_ms / 1e3)
     del source, target
     rates = {}
@@ -87,7 +88,7 @@ def measure_ceilings(device: str, dtypes: tuple[str, ...], seconds: float = 1.0)
         n = 8192 if device == "cuda" and ITEM_BYTES[name] == 2 else 4096 if device == "cuda" else 2048
         a = torch.randn(n, n, device=device).to(DTYPES[name])
         b = torch.randn(n, n, device=device).to(DTYPES[name])
-        times[f"matmul-{name}"] = _time(Timed(lambda a=a, b=b: a @ b), ticks, seconds)
+        times[f"matmul-{name}"] = _time(Timed(partial(torch.matmul, a, b)), ticks, seconds)
         rates[name] = 2 * n**3 / (times[f"matmul-{name}"].median_ms / 1e3)
     return Ceilings(copy, rates), times
 
@@ -141,9 +142,7 @@ def linear_work(T: int, m: int, d: int, r: int, dtype: str, mode: str, train_a: 
     """
     size = ITEM_BYTES[dtype]
     factors = r * (m + d)
-    forward = Work(
-        size * (T * d + T * m + m * d + T * r + factors), {dtype: 2.0 * T * m * d + 2.0 * T * r * (m + d)}
-    )
+    forward = Work(size * (T * d + T * m + m * d + T * r + factors), {dtype: 2.0 * T * m * d + 2.0 * T * r * (m + d)})
     backward = Work(
         size * (T * m + T * d + m * d + 2 * T * r + factors) + (size * T * d if train_a else 0),
         {dtype: 2.0 * T * m * d + 2.0 * T * r * (2 * m + d) + (2.0 * T * r * d if train_a else 0)},

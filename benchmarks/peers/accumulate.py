@@ -42,9 +42,7 @@ class AccumulatedLinear(torch.autograd.Function):
         return dx, None, dA, dB, None
 
 
-def accumulated_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0
-) -> Tensor:
+def accumulated_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0) -> Tensor:
     """Apply :class:`AccumulatedLinear` to ``x (..., d)``."""
     y = AccumulatedLinear.apply(x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, scaling)
     return y.view(*x.shape[:-1], y.shape[-1])

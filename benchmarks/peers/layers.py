@@ -23,6 +23,25 @@ def attach_ours(parent: nn.Module, name: str, A: Tensor, B: Tensor, train_a: boo
     attach_adapter(getattr(parent, name), A.clone(), B.clone(), train_a=train_a)
 
 
+class PlainLinear(nn.Module):
+    """``y = x W^T + (x A^T) B^T`` as one writes it first; in fp64 it is the truth of the model questions."""
+
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, *, train_a: bool):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(A, requires_grad=train_a)
+        self.lora_B = nn.Parameter(B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x (..., d)`` to ``(..., m)``."""
+        return self.base(x) + (x @ self.lora_A.to(x.dtype).T) @ self.lora_B.to(x.dtype).T
+
+
+def attach_plain(parent: nn.Module, name: str, A: Tensor, B: Tensor, train_a: bool) -> None:
+    """Wrap the layer in :class:`PlainLinear`."""
+    setattr(parent, name, PlainLinear(getattr(parent, name), A.clone(), B.clone(), train_a=train_a))
+
+
 def attach_accumulated(parent: nn.Module, name: str, A: Tensor, B: Tensor, train_a: bool) -> None:
     """Wrap the layer on the accumulate path."""
     setattr(parent, name, AccumulatedLinearModule(getattr(parent, name), A.clone(), B.clone(), train_a=train_a))

@@ -84,10 +84,10 @@ class Covariance(Question):
         return [
             Provider("lora_null", _ours, role="ours"),
             Provider("torch addmm", lambda case, inputs: _call(inputs, _full_product)),
-            Provider("cast, matmul, add", lambda case, inputs: _call(inputs, _cast_matmul)),
+            Provider("fp32 cast + matmul", lambda case, inputs: _call(inputs, _cast_matmul)),
             Provider("block rows", lambda case, inputs: _call(inputs, _block_rows)),
             Provider("scipy ssyrk", _scipy_syrk, requires=("scipy",), devices=("cpu",)),
-            Provider("cast, TF32 matmul", _tf32, devices=("cuda",)),
+            Provider("TF32 cast + matmul", _tf32, devices=("cuda",)),
         ]
 
 

@@ -99,9 +99,7 @@ def _ours(case: Case, inputs: Inputs) -> Call:
     if case["stage"] == "factors":
         return _call(lambda: lora_null.factorize(inputs.weight, inputs.basis))
     return _call(
-        lambda: lora_null.factorize(
-            inputs.weight, lora_null.null_space(inputs.C, case["r"], dtype=torch.float64).basis
-        )
+        lambda: lora_null.factorize(inputs.weight, lora_null.null_space(inputs.C, case["r"], dtype=torch.float64).basis)
     )
 
 

@@ -124,9 +124,7 @@ class Linear(Question):
 
     def work(self, case, mode):
         """See :func:`limits.linear_work`."""
-        return limits.linear_work(
-            case["T"], case["m"], case["d"], case["r"], case["dtype"], mode, case["train_a"]
-        )
+        return limits.linear_work(case["T"], case["m"], case["d"], case["r"], case["dtype"], mode, case["train_a"])
 
     def derived(self, case, call, mode, median_ms):
         """Useful operations per second."""
@@ -140,7 +138,7 @@ class Linear(Question):
             Provider("PEFT eager", _build(layers.attach_peft), requires=("peft",)),
             Provider("PEFT compiled", _build(layers.attach_peft, compiled=True), requires=("peft",)),
             Provider("accumulate", _build(layers.attach_accumulated)),
-            Provider("PEFT, our kernels", _build(layers.attach_peft_fused), role="ours", requires=("peft",)),
+            Provider("PEFT + our kernels", _build(layers.attach_peft_fused), role="ours", requires=("peft",)),
             Provider("unsloth", _build(layers.attach_unsloth), requires=("unsloth",), devices=("cuda",)),
             Provider("axolotl", _build(layers.attach_axolotl), requires=("axolotl",), devices=("cuda",)),
         ]

@@ -42,7 +42,7 @@ class NullSpaces(Question):
         else:
             widths = [4096, 2048] + ([8192] if full else [])
         cases = [Case({"d": d, "r": 128, "spectrum": "o"}) for d in widths]
-        return cases + [Case({"d": 2048, "r": 128, "spectrum": "gate_up"})]
+        return [*cases, Case({"d": 2048, "r": 128, "spectrum": "gate_up"})]
 
     def setup(self, case, device):
         """A dense covariance with a spectrum measured on a real model."""
