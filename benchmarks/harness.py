@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -89,6 +90,12 @@ class Verdict:
     def refuses(self, allowance: float) -> bool:
         """Whether the output is wrong; a NaN always is."""
         return not self.error <= self.tolerance * allowance
+
+
+def worst(values: Iterable[float]) -> float:
+    """Return the largest value, or NaN if one is NaN, which ``max`` drops."""
+    found = list(values)
+    return math.nan if any(math.isnan(value) for value in found) else max(found)
 
 
 class Question:
@@ -300,7 +307,7 @@ class Run:
 
 
 def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
+    return value if math.isfinite(value) else None
 
 
 def _line(record: dict) -> str:

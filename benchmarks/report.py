@@ -22,12 +22,23 @@ def describe_case(case: dict) -> str:
 
 
 def points(entries: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """Group records by question, case, mode, execution and device."""
+    """Group records by question, case, mode, execution and device.
+
+    A provider that was refused before anything was timed has no mode; it joins the first group of its case.
+    """
     grouped: dict[tuple, list[dict]] = {}
+    unplaced = []
     for record in entries:
-        if record["question"] != "ceilings":
-            key = records.key(record)
+        if record["question"] == "ceilings":
+            continue
+        key = records.key(record)
+        if record.get("mode") is None:
+            unplaced.append((key, record))
+        else:
             grouped.setdefault((*key[:4], key[5]), []).append(record)
+    for key, record in unplaced:
+        same = [group for group in grouped if (group[0], group[1], group[4]) == (key[0], key[1], key[5])]
+        grouped.setdefault(same[0] if same else (*key[:4], key[5]), []).append(record)
     return grouped
 
 

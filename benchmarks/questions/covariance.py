@@ -86,7 +86,8 @@ class Covariance(Question):
             Provider("torch addmm", lambda case, inputs: _call(inputs, _full_product)),
             Provider("fp32 cast + matmul", lambda case, inputs: _call(inputs, _cast_matmul)),
             Provider("block rows", lambda case, inputs: _call(inputs, _block_rows)),
-            Provider("scipy ssyrk", _scipy_syrk, requires=("scipy",), devices=("cpu",)),
+            # Another library's order of summation: up to 2.9 times torch's error was seen on bf16 inputs.
+            Provider("scipy ssyrk", _scipy_syrk, requires=("scipy",), devices=("cpu",), allowance=2.0),
             Provider("TF32 cast + matmul", _tf32, devices=("cuda",)),
         ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import limits, models
-from ..harness import Call, Case, Provider, Question, Verdict
+from ..harness import Call, Case, Provider, Question, Verdict, worst
 from ..peers.published import PublishedHooks, published_basis, published_factors
 from ..shapes import shapes
 from ..timing import Timed
@@ -90,8 +90,10 @@ class Initialization(Question):
 
     def verify(self, case, inputs, output):
         """Energy of the rows of every measured ``A0`` at most 1.001 times the optimum."""
-        worst = max(energy(inputs.covariances[name], output[name].T) / inputs.optimum[name] for name in inputs.optimum)
-        return Verdict(worst, 1.001, "worst energy over the optimum")
+        found = worst(
+            energy(inputs.covariances[name], output[name].T) / inputs.optimum[name] for name in inputs.optimum
+        )
+        return Verdict(found, 1.001, "worst energy over the optimum")
 
     def work(self, case, mode):
         """See :func:`limits.initialization_work`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import limits
-from ..harness import Call, Case, Provider, Question, Verdict
+from ..harness import Call, Case, Provider, Question, Verdict, worst
 from ..peers import layers
 from ..timing import SavedBytes, Timed
 
@@ -33,17 +33,9 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def worst_ratio(output: dict[str, Tensor], truth: dict[str, Tensor], torch_error: dict[str, float]) -> float:
     """Return the largest error over torch's own error of the same tensor; NaN if any tensor is missing or NaN."""
-    worst = 0.0
-    for name, wanted in truth.items():
-        value = output.get(name)
-        if value is None or value.shape != wanted.shape:
-            return float("nan")
-        ratio = relative_error(value, wanted) / max(torch_error[name], 1e-9)
-        # max() would drop a NaN that comes second.
-        worst = ratio if ratio != ratio or ratio > worst else worst
-        if worst != worst:
-            return worst
-    return worst
+    if any(name not in output or output[name].shape != wanted.shape for name, wanted in truth.items()):
+        return float("nan")
+    return worst(relative_error(output[name], truth[name]) / max(torch_error[name], 1e-9) for name in truth)
 
 
 def plain(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dy: Tensor, train_a: bool) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def _attach(holder: nn.Module, inputs: Inputs, attach: layers.Attach) -> None:
 
 
 class _Group:
-    def __init__(self, holder: nn.Module, inputs: Inputs, *, compiled: bool = False):
+    def __init__(self, holder: nn.Module, inputs: Inputs, run=None, *, compiled: bool = False):
         self.names = list(inputs.weights)
         self.x = inputs.x.clone().requires_grad_()
         self.parameters = list(holder.parameters())
@@ -149,9 +149,10 @@ class _Group:
         self.leaves = {"dx": self.x} | {f"dB {name}": parameter for name, parameter in factors}
         self.dy = [inputs.dy[name] for name in self.names]
 
-        def run(x: Tensor) -> list[Tensor]:
+        def layer_wise(x: Tensor) -> list[Tensor]:
             return [getattr(holder, name)(x) for name in self.names]
 
+        run = run or layer_wise
         if compiled:
             torch._dynamo.reset()
         self.run = torch.compile(run, dynamic=False) if compiled else run
@@ -180,8 +181,38 @@ def _layer_wise(attach: layers.Attach, *, compiled: bool = False):
     return build
 
 
+class SharedProjection(nn.Module):
+    """A linear of a group on the projection ``P = x U`` of its tensor: ``y = x W^T + P (B D)^T``, ``A = D U^T``."""
+
+    def __init__(self, weight: Tensor, mixing: Tensor, B: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.mixing = mixing
+        self.lora_B = nn.Parameter(B.clone())
+
+    def forward(self, x: Tensor, projected: Tensor) -> Tensor:
+        """``x (..., d)``, ``projected (..., r)``."""
+        from lora_null import ops
+
+        return ops.lora_up_linear(x, self.weight, projected, self.lora_B @ self.mixing)
+
+
 def _ours(case: Case, inputs: Inputs) -> Call:
-    raise NotImplementedError("waits for the group layers")
+    from lora_null import ops
+
+    first = next(iter(inputs.adapters.values()))[0]
+    basis = torch.linalg.qr(first.double().T)[0]  # (d, r): all A's have this row space
+    holder = nn.Module()
+    for name, (A, B) in inputs.adapters.items():
+        mixing = (A.double() @ basis).to(A.dtype)
+        setattr(holder, name, SharedProjection(inputs.weights[name], mixing, B))
+    down = basis.T.contiguous().to(first.dtype)
+
+    def run(x: Tensor) -> list[Tensor]:
+        (projected,) = ops.lora_project(x, down)
+        return [getattr(holder, name)(x, projected) for name in inputs.adapters]
+
+    return _Group(holder, inputs, run).call()
 
 
 def _base(case: Case, inputs: Inputs) -> Call:

@@ -1,0 +1,276 @@
+"""The harness: results that cannot be lost, fair turns, refusals, messages, figures."""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def suite(name):
+    """Import a module of the suite without putting the repository root on ``sys.path``."""
+    if "benchmarks" not in sys.modules:
+        folder = ROOT / "benchmarks"
+        spec = importlib.util.spec_from_file_location(
+            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["benchmarks"])
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+records = suite("records")
+timing = suite("timing")
+limits = suite("limits")
+report = suite("report")
+harness = suite("harness")
+
+
+def record(number, **fields):
+    return {"question": "q", "provider": f"p{number}", "case": {"n": number}, **fields}
+
+
+def test_records_come_back_in_order(tmp_path):
+    path = tmp_path / "new" / "results.jsonl"
+    for number in range(5):
+        records.append(path, record(number))
+    assert records.read(path) == ([record(number) for number in range(5)], [])
+
+
+def test_a_damaged_file_loses_no_other_record(tmp_path):
+    path = tmp_path / "results.jsonl"
+    records.append(path, record(0))
+    with path.open("ab") as file:
+        file.write(b'{"question": "q", "prov\n\xff\xfe\x00 not text\n["a list"]\n{"half": "a rec')
+    records.append(path, record(1))
+    found, damaged = records.read(path)
+    assert found == [record(0), record(1)]
+    assert damaged == [2, 3, 4, 5]
+    # Nothing that was in the file is gone.
+    assert b'{"half": "a rec\n' in path.read_bytes()
+
+
+def test_no_space_left_keeps_every_earlier_record(tmp_path):
+    """A file size limit stops the write in the middle of a line, as a full disk does."""
+    path = tmp_path / "results.jsonl"
+    code = f"""
+        import importlib.util, resource, signal, sys
+        spec = importlib.util.spec_from_file_location("records", {str(ROOT / "benchmarks" / "records.py")!r})
+        records = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(records)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        written = 0
+        try:
+            while True:
+                records.append({str(path)!r}, {{"question": "q", "provider": "p" * 300, "case": written}})
+                written += 1
+        except records.ResultsError as error:
+            print(written, error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    written, message = done.stdout.split(" ", 1)
+    found, damaged = records.read(path)
+    assert [r["case"] for r in found] == list(range(int(written))) and int(written) > 5
+    assert not damaged and path.read_bytes().endswith(b"\n")
+    assert "earlier records are untouched" in message and "--output" in message
+
+
+def test_a_run_goes_on_when_the_file_is_full(monkeypatch, tmp_path, caplog):
+    def full(path, entry):
+        raise records.ResultsError("no space left")
+
+    monkeypatch.setattr(records, "append", full)
+    it = harness.Run(harness.Options(output=tmp_path / "r.jsonl", seconds_scale=0.001))
+    it.ask(Addition())
+    assert it.unwritten == len(it.records) == 2
+    assert "no space left" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a child process")
+def test_a_killed_run_keeps_what_it_has(tmp_path):
+    path = tmp_path / "results.jsonl"
+    code = f"""
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("records", {str(ROOT / "benchmarks" / "records.py")!r})
+        records = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(records)
+        number = 0
+        while True:
+            records.append({str(path)!r}, {{"question": "q", "provider": "p", "case": number}})
+            print(number, flush=True)
+            number += 1
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    last = -1
+    for _ in range(20):
+        last = int(child.stdout.readline())
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    records.append(path, record(99))
+    found, _ = records.read(path)
+    assert [r["case"] for r in found][: last + 1] == list(range(last + 1))
+    assert found[-1] == record(99)
+
+
+def test_the_newest_repetition_counts():
+    old = record(1, median_ms=2.0, environment={"device": "a"})
+    new = record(1, median_ms=1.0, environment={"device": "a"})
+    elsewhere = record(1, median_ms=9.0, environment={"device": "b"})
+    assert records.latest([old, elsewhere, new]) == [new, elsewhere]
+
+
+def test_quantiles():
+    times = timing.Times.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert (times.median_ms, times.q20_ms, times.q80_ms, times.samples) == (3.5, 2.0, 5.0, 6)
+
+
+def test_calls_take_turns():
+    order = []
+
+    class Clock:
+        def sample(self, timed):
+            timed.run()
+            return 1.0
+
+    calls = {name: timing.Timed(lambda name=name: order.append(name)) for name in "abc"}
+    samples = timing.interleave(calls, Clock(), seconds=0, at_least=4)
+    assert [order[i : i + 3] for i in range(0, 12, 3)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_preparation_is_not_timed():
+    clock = timing.HostClock()
+    slow = timing.Timed(lambda ready: ready, prepare=lambda: time.sleep(0.05))
+    assert clock.sample(slow) < 25
+
+
+def test_memory_of_a_call_is_seen():
+    size = 64 * 2**20
+    peak = timing.peak_bytes(timing.Timed(lambda: torch.ones(size // 4).sum()), "cpu")
+    if peak is None:
+        pytest.skip("this system does not say how much memory a process had")
+    assert 0.98 * size <= peak < 2 * size
+    assert timing.peak_bytes(timing.Timed(lambda: None), "cpu") < size // 4
+
+
+def test_saved_bytes_count_storages_once_and_parameters_never():
+    weight = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(100, 8)
+    with timing.SavedBytes([weight]) as saved:
+        x @ weight + x @ weight.T
+    assert saved.bytes == x.nbytes
+
+
+class Addition(harness.Question):
+    """A question about nothing, with one provider that is right and one that is wrong."""
+
+    name, title, seconds = "addition", "x + x", 0.01
+
+    def cases(self, device, full):
+        return [harness.Case({"n": 1000})]
+
+    def providers(self):
+        def build(factor):
+            return lambda case, x: harness.Call({"run": timing.Timed(lambda: factor * x)}, lambda: factor * x)
+
+        return [
+            harness.Provider("lora_null", build(2.0), role="ours"),
+            harness.Provider("wrong", build(2.1)),
+            harness.Provider("absent", build(2.0), requires=("no_such_module_anywhere",)),
+            harness.Provider("elsewhere", build(2.0), devices=("cuda",)),
+        ]
+
+    def setup(self, case, device):
+        return torch.rand(case["n"])
+
+    def verify(self, case, x, output):
+        return harness.Verdict(float((output - 2 * x).abs().max()), 1e-6, "error")
+
+    def work(self, case, mode):
+        return limits.Work(bytes=8 * case["n"], flops={"fp32": case["n"]})
+
+
+def test_a_wrong_provider_is_refused_and_an_absent_one_vanishes(tmp_path):
+    path = tmp_path / "results.jsonl"
+    it = harness.Run(harness.Options(output=path, seconds_scale=0.001))
+    it.ceilings = limits.Ceilings(1e9, {"fp32": 1e9})
+    it.ask(Addition())
+    assert [(r["provider"], r["status"]) for r in it.records] == [("wrong", "refused"), ("lora_null", "ok")]
+    assert set(it.vanished) == {"addition/absent", "addition/elsewhere"}
+    assert "no_such_module_anywhere" in it.vanished["addition/absent"]
+    found, _ = records.read(path)
+    assert found == json.loads(json.dumps(it.records))
+    good = found[1]
+    assert good["limit_ms"] == pytest.approx(8e-3)
+    assert good["share_of_limit"] == pytest.approx(8e-3 / good["median_ms"], rel=1e-2)
+    for known in ("device", "threads", "torch", "commit"):
+        assert good["environment"][known]
+    table = report.table(it.records)
+    assert "refused" in table and "1.00x" in table and "at most 1e-06" in table
+
+
+def test_a_failing_provider_does_not_stop_the_run(tmp_path):
+    class Failing(Addition):
+        def providers(self):
+            def broken(case, x):
+                raise RuntimeError("out of luck")
+
+            return [harness.Provider("broken", broken), super().providers()[0]]
+
+    it = harness.Run(harness.Options(output=tmp_path / "r.jsonl", seconds_scale=0.001))
+    it.ask(Failing())
+    assert [(r["provider"], r["status"]) for r in it.records] == [("broken", "failed"), ("lora_null", "ok")]
+    assert "out of luck" in it.records[0]["reason"]
+
+
+def test_no_case_starts_after_the_deadline(tmp_path):
+    it = harness.Run(harness.Options(output=tmp_path / "r.jsonl", deadline=0.0))
+    it.ask(Addition())
+    assert it.records == [] and it.skipped == ["addition n=1000"]
+
+
+@pytest.mark.parametrize("option", ["--only", "--provider"])
+def test_unknown_names_list_the_known_ones(option, capsys):
+    main = suite("__main__").main
+    assert main([option, "nonsense"]) == 2
+    message = capsys.readouterr().err
+    assert "'nonsense'" in message
+    assert ("null-space" if option == "--only" else "PEFT eager") in message
+
+
+def test_shapes_of_real_models():
+    shapes = suite("shapes").shapes()
+    # Published parameter counts: all linears of the decoder, in billions.
+    expected = {"llama-3-8b": 6.98, "llama-3.2-1b": 0.973, "llama-3.2-3b": 2.82, "llama-3-70b": 68.5}
+    for name, billions in expected.items():
+        assert shapes[name].layer_parameters * shapes[name].layers / 1e9 == pytest.approx(billions, rel=0.01)
+    assert shapes["llama-3-8b"].covariance_widths == (4096, 4096, 4096, 14336)
+
+
+def test_spectra_are_those_of_the_matrix():
+    spectra = suite("spectra")
+    for kind in ("qkv", "o", "gate_up", "down"):
+        C, eigenvalues = spectra.covariance(96, kind)
+        assert torch.equal(C, C.T)
+        assert (torch.linalg.eigvalsh(C) / eigenvalues - 1).abs().max() < 1e-6
+    # The ratio from index r to 2 r that was measured on real activations.
+    values = spectra.spectrum(4096, "o")
+    assert 1.3 < values[255] / values[127] < 1.9
+    assert spectra.spectrum(4096, "gate_up")[2] / spectra.spectrum(4096, "gate_up")[0] > 1e3
+
+
+def test_exponents_are_fitted():
+    fit = suite("questions.growth").fitted_exponent
+    assert fit([(d, 3e-9 * d**2.7) for d in (512, 1024, 4096)]) == pytest.approx(2.7)
+    assert fit([(512, 1.0), (1024, 2.0)]) is None
