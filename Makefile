@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*)
 
-.PHONY: quickstart test style bench clean
+.PHONY: quickstart test style bench bench-gpu figures clean
 
 # The main job on a real model: calibrate, initialise, fine-tune, compare with LoRA, save, reload.
 quickstart: $(VENV)/.installed
@@ -13,6 +13,18 @@ quickstart: $(VENV)/.installed
 # Everything that must hold, without a GPU; the tests of the CUDA kernels run where a device is.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every question that a CPU can answer, ours beside every peer; two cores, at most ten minutes.
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks --device cpu --minutes 9 $(ARGS)
+
+# The same on one GPU, most valuable questions first, at most nine minutes; each result is kept as it is known.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks --device cuda --minutes 8 $(ARGS)
+
+# Plots and the README's figures from the recorded results.
+figures: $(VENV)/.installed
+	$(BIN)/python -m benchmarks figures $(ARGS)
 
 # What a change must pass before review.
 style: $(VENV)/.installed
