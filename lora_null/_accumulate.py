@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._ops import covariance_update
+from .ops import covariance_update
 
 ACCUMULATORS = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -26,12 +26,14 @@ class Placement:
         compute: Device on which ``X^T X`` is formed; ``None``: where the inputs are.
         store: Device on which the sum lies; ``None``: where it is computed.
         queue_tokens: Rows of the queue in front of it.
+        queue: Off, every input goes straight into its sum.
     """
 
     dtype: torch.dtype = torch.float32
     compute: torch.device | None = None
     store: torch.device | None = None
     queue_tokens: int = 4096
+    queue: bool = True
 
 
 class Selection:
@@ -82,7 +84,8 @@ class Accumulator:
     def __init__(self, placement: Placement):
         self.placement = placement
         self.sums: dict[str, Sum] = {}
-        self._scratch: dict[tuple, Tensor] = {}
+        # One launch's product on its way to a sum on another device.
+        self._buffers: dict[tuple[torch.device, int], Tensor] = {}
         # A NaN or Inf in any row shows on the diagonal of its sum. The traces are fetched together, once per
         # batch, so that no layer waits for the device.
         self._traces: list[tuple[Sum, tuple[Origin, ...], Tensor]] = []
@@ -99,7 +102,7 @@ class Accumulator:
         entry = self.sums.get(key) or self._new_sum(key, rows.shape[1], device)
         entry.tokens += count
         capacity = self.placement.queue_tokens
-        if 2 * count >= capacity:
+        if not self.placement.queue or 2 * rows.shape[0] >= capacity:
             self._update(entry, rows.to(device), None if mask is None else mask.to(device), ((batch, -1, -1),))
             return
         if entry.queue is None or entry.queue.dtype != rows.dtype:
@@ -149,25 +152,21 @@ class Accumulator:
 
     def _update(self, entry: Sum, rows: Tensor, mask: Tensor | None, origins: tuple[Origin, ...]) -> None:
         matrix = entry.matrix
-        if rows.dtype == torch.float64 and matrix.dtype == torch.float32:
+        if matrix.dtype == torch.float32 and rows.dtype == torch.float64:
             rows = rows.float()
-        if matrix.device == rows.device and (matrix.dtype == torch.float32 or rows.dtype == torch.float64):
+        if matrix.device == rows.device:
             covariance_update(matrix, rows, mask=mask)
         else:
-            # Within a launch the products are summed in the rows' accumulator, launches in that of C.
-            for start in range(0, rows.shape[0], self.placement.queue_tokens):
-                window = slice(start, start + self.placement.queue_tokens)
-                part = self._empty_scratch(rows, matrix.shape[0])
-                covariance_update(part, rows[window], mask=None if mask is None else mask[window])
-                matrix.add_(part.to(matrix.device))
+            part = self._product_buffer(rows.device, matrix)
+            covariance_update(part, rows, mask=mask)
+            matrix.add_(part.to(matrix.device))
         self._traces.append((entry, origins, matrix.diagonal().sum()))
 
-    def _empty_scratch(self, rows: Tensor, d: int) -> Tensor:
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        where = (rows.device, d, dtype)
-        if where not in self._scratch:
-            self._scratch[where] = torch.empty(d, d, dtype=dtype, device=rows.device)
-        return self._scratch[where].zero_()
+    def _product_buffer(self, device: torch.device, matrix: Tensor) -> Tensor:
+        where = (device, matrix.shape[0])
+        if where not in self._buffers:
+            self._buffers[where] = torch.empty_like(matrix, device=device)
+        return self._buffers[where].zero_()
 
 
 def _not_finite(entry: Sum, origins: tuple[Origin, ...]) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._storage import bytes_of
+
 MASK_RULES = ("attention", "labels", "none")
 # Label that loss functions leave out; Hugging Face collators put it on prompt and padding tokens.
 IGNORED_LABEL = -100
@@ -192,9 +194,9 @@ class DataFingerprint:
         for key in sorted(tensors):
             value = tensors[key]
             if isinstance(value, Tensor):
-                value = value.detach().cpu().contiguous()
+                value = value.cpu()
                 self._hash.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
-                self._hash.update(value.view(-1).view(torch.uint8).numpy())
+                self._hash.update(bytes_of(value))
             else:
                 self._hash.update(f"{key}={value!r};".encode())
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ._storage import PackedFile, PackedMatrices, write_packed
+from ._storage import PackedFile, PackedMatrices, bytes_of, write_packed
 from ._weights import materialized
 
 _KIND = "lora_null.calibration"
@@ -34,13 +34,19 @@ def weights_key(model: nn.Module) -> str:
         own = [*module._parameters.items(), *module._buffers.items()]
         if not any(tensor is not None for _, tensor in own):
             continue
-        with materialized(module):
+        # accelerate takes a second to import, and is needed only where it has put its hooks
+        with materialized(module) if hasattr(module, "_hf_hook") else nullcontext():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is None or name in module._non_persistent_buffers_set:
                     continue
                 digest.update(f"{prefix}.{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
                 _add_bits(digest, tensor)
     return digest.hexdigest()
+
+
+def digest_of(values: Iterable[str]) -> str:
+    """Hash strings in order."""
+    return hashlib.blake2b("\n".join(values).encode(), digest_size=16).hexdigest()
 
 
 def _add_bits(digest, tensor: Tensor) -> None:
@@ -56,7 +62,7 @@ def _add_bits(digest, tensor: Tensor) -> None:
     words = bits[: bits.numel() // 8 * 8].view(torch.int64)
     table = words[: words.numel() // _COLUMNS * _COLUMNS].view(-1, _COLUMNS)
     for part in (table.sum(0), table.sum(1), words[table.numel() :], bits[words.numel() * 8 :]):
-        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(bytes_of(part.cpu()))
 
 
 @dataclass
@@ -64,19 +70,19 @@ class Progress:
     """What a checkpoint holds besides the sums.
 
     Attributes:
-        batches: How many batches have been read.
-        data: Fingerprint of these batches.
         groups: Key to members.
         tokens: Key to rows summed.
         calls: Key to the number of calls of its layers.
+        batches: How many batches have been read.
+        data: Fingerprint of these batches.
         finished: The data ended after these batches.
     """
 
-    batches: int
-    data: str
     groups: dict[str, list[str]]
     tokens: dict[str, int]
     calls: dict[str, int]
+    batches: int = 0
+    data: str = ""
     finished: bool = False
 
 
@@ -124,6 +130,10 @@ class Checkpoint:
         """Replace the file, atomically."""
         metadata = {"kind": _KIND, "key": json.dumps(self.key), "progress": json.dumps(progress.__dict__)}
         write_packed(self.path, matrices, metadata)
+
+    def part(self, number: int) -> Checkpoint:
+        """Return the checkpoint of one finished layer."""
+        return Checkpoint(self.path.with_name(f"{self.path.name}.{number:04d}"), self.key)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ._accumulate import Accumulator, Placement, Selection
+from ._accumulate import Accumulator, Placement, Selection, Sum
+from ._checkpoint import Progress
 from ._observe import SharedInputs
+from ._storage import PackedMatrices, unpack_lower
+from .distributed import add_up, exchange
+from .ops import symmetrize_
 
 NORMALIZATIONS = (None, "reference")
 
@@ -60,6 +64,28 @@ class Collector:
                 x = self._reference_normalized(x)
             self.accumulator.add(name, x.reshape(-1, x.shape[-1]), self._selection, self.batch)
 
+    def progress(self) -> Progress:
+        """Describe the flushed sums for a checkpoint."""
+        sums = self.accumulator.sums
+        groups = {key: list(names) for key, names in self.shared.members().items()}
+        return Progress(
+            groups=groups,
+            tokens={key: sums[key].tokens for key in groups if key in sums},
+            calls={key: group.calls for key, group in self.shared.groups.items()},
+        )
+
+    def restore(self, progress: Progress, matrices: PackedMatrices, device_of: Mapping[str, torch.device]) -> None:
+        """Continue from a checkpoint, each sum on its device."""
+        self.shared.restore(progress.groups, progress.calls)
+        for key in matrices:
+            matrix = unpack_lower(matrices.packed(key), symmetric=False).to(device_of[key])
+            self.accumulator.sums[key] = Sum(key, matrix, progress.tokens[key])
+
+    def forget(self) -> None:
+        """Drop all sums and groups, to start on other layers."""
+        self.shared = SharedInputs(self.shared.share)
+        self.accumulator = Accumulator(self.accumulator.placement)
+
     def _check_alignment(self, name: str, x: Tensor) -> None:
         mask = self._selection.mask
         if mask is None or x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
@@ -87,3 +113,40 @@ class Collector:
         largest = counted.flatten(1).amax(1).abs().nan_to_num(posinf=1.0)
         scale = torch.where(largest == 0, 1.0, largest)
         return (samples / scale.view(-1, *[1] * (samples.dim() - 1))).reshape(x.shape)
+
+
+def combined(collector: Collector) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, int]]:
+    """Add the flushed sums up over all processes and mirror them: matrices, groups and tokens by key.
+
+    A group's key becomes the first of its members in the order of the model, whichever was called first.
+    """
+    collector.shared.check()
+    order = {name: position for position, name in enumerate(collector.linears)}
+    sums = {}
+    for leader, names in collector.shared.members().items():
+        if leader in collector.accumulator.sums:
+            members = sorted(names, key=order.__getitem__)
+            sums[members[0]] = members, collector.accumulator.sums[leader]
+    described = {key: (members, entry.matrix.shape[0], entry.tokens) for key, (members, entry) in sums.items()}
+    groups: dict[str, list[str]] = {}
+    tokens: dict[str, int] = {}
+    sides: dict[str, int] = {}
+    for part in exchange(described):
+        for key, (members, d, count) in part.items():
+            if groups.setdefault(key, members) != members:
+                raise ValueError(
+                    f"{key} shares its input with {groups[key]} in one process and with {members} in another. Pass "
+                    "share_inputs=False to give each layer a covariance of its own."
+                )
+            sides[key], tokens[key] = d, tokens.get(key, 0) + count
+    groups = {key: groups[key] for key in sorted(groups, key=order.__getitem__)}
+    matrices = {}
+    for key in groups:
+        if key in sums:
+            entry = sums[key][1]
+            entry.queue, matrix = None, entry.matrix
+        else:
+            # this process had no batch that reached the layer
+            matrix = torch.zeros(sides[key], sides[key], dtype=collector.accumulator.placement.dtype)
+        matrices[key] = symmetrize_(add_up(matrix))
+    return matrices, groups, {key: tokens[key] for key in groups}

@@ -56,6 +56,15 @@ def observe(model: nn.Module, inputs: Mapping, linears: Mapping[str, nn.Linear],
     return Observation(groups, seen, unreached)
 
 
+def unobserved(linears: Mapping[str, nn.Linear]) -> Observation:
+    """Assume that no two layers share an input: the most that calibration can need."""
+    return Observation(
+        {name: (name,) for name in linears},
+        {name: SeenInput(m.in_features, m.weight.device, m.weight.dtype) for name, m in linears.items()},
+        tuple(linears),
+    )
+
+
 @dataclass(frozen=True)
 class Item:
     """One line of the plan: ``size`` bytes for ``what`` on ``device``."""
@@ -93,14 +102,17 @@ class MemoryPlan:
             allowed = limit if limit is not None else free_memory(device)
             if allowed is not None and self.total(device) > allowed:
                 raise ValueError(
-                    f"Calibration needs {readable(self.total(device))} on {device}, of which {readable(allowed)} may be "
-                    f"used. {remedy}\n{self}"
+                    f"Calibration needs {readable(self.total(device))} on {device} and may use {readable(allowed)}. "
+                    f"{remedy}\n{self}"
                 )
 
 
 def readable(size: int) -> str:
-    """Return ``size`` bytes in MiB or GiB."""
-    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+    """Return ``size`` bytes in KiB, MiB or GiB."""
+    for unit, power in (("KiB", 10), ("MiB", 20)):
+        if size < 2 ** (power + 10):
+            return f"{size / 2**power:.1f} {unit}"
+    return f"{size / 2**30:.2f} GiB"
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -128,6 +140,7 @@ def plan_layerwise(
     hidden_bytes: int,
     hidden_device: torch.device,
     largest_batch: int,
+    on_disk: bool,
 ) -> MemoryPlan:
     """Plan one pass per decoder layer, with that layer's sums only.
 
@@ -140,6 +153,7 @@ def plan_layerwise(
         hidden_bytes: Size of the hidden states of all batches, kept on ``hidden_device``.
         hidden_device: See there.
         largest_batch: ``B L`` of the largest batch.
+        on_disk: Finished sums lie in the checkpoint's files only.
     """
     plans = [_sums(seen, keys, placement) + _queues(seen, keys, placement) for keys in layer_keys]
     largest = max(plans, key=lambda items: sum(item.size for item in items))
@@ -154,8 +168,9 @@ def plan_layerwise(
         itemsize = max(shape.dtype.itemsize for shape in seen.inputs.values())
         items.append(Item("activations of one layer, at most", placement.compute, largest_batch * width * itemsize))
     items.append(Item("hidden states of all batches", hidden_device, hidden_bytes))
-    packed = sum(shape.d * (shape.d + 1) // 2 for shape in seen.inputs.values()) * placement.dtype.itemsize
-    items.append(Item("finished covariances, packed", torch.device("cpu"), packed))
+    if not on_disk:
+        packed = sum(shape.d * (shape.d + 1) // 2 for shape in seen.inputs.values()) * placement.dtype.itemsize
+        items.append(Item("finished covariances, packed", torch.device("cpu"), packed))
     return MemoryPlan(f"{len(seen.groups)} covariances, layer by layer over {len(layer_modules)} layers", tuple(items))
 
 
@@ -167,15 +182,18 @@ def _sums(seen: Observation, keys: Sequence[str], placement: Placement) -> list[
         compute = placement.compute or shape.device
         store = placement.store or compute
         counts[store, shape.d] += 1
-        if store != compute or placement.dtype == torch.float64 != shape.dtype:
+        if store != compute:
             scratch[compute].add(shape.d)
     dtype = str(placement.dtype).removeprefix("torch.")
     items = [
         Item(f"{count} covariances ({d}, {d}) {dtype}", device, count * d * d * placement.dtype.itemsize)
         for (device, d), count in counts.items()
     ]
-    # One launch's product, before it is added to a sum of another device or precision.
-    items += [Item("products of one launch", device, sum(4 * d * d for d in sizes)) for device, sizes in scratch.items()]
+    itemsize = placement.dtype.itemsize
+    items += [
+        Item("products of one launch", device, sum(d * d for d in sizes) * itemsize)
+        for device, sizes in scratch.items()
+    ]
     return items
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +103,13 @@ class SharedInputs:
                         f"{name} was called {self._calls[name]} times, but {key}, with which it shares its input, "
                         f"{group.calls} times. Pass share_inputs=False to give each layer a covariance of its own."
                     )
+
+    def restore(self, groups: Mapping[str, Sequence[str]], calls: Mapping[str, int]) -> None:
+        """Continue where another process stopped."""
+        for key, names in groups.items():
+            self.groups[key] = _Group(list(names), calls[key])
+            for name in names:
+                self._key_of[name], self._calls[name] = key, calls[key]
 
     def members(self) -> dict[str, tuple[str, ...]]:
         """Return each group's key and members, in the order of the first calls."""

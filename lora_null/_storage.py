@@ -13,12 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._ops import symmetrize_
+from .ops import symmetrize_
 
 _CODES = {torch.float32: "F32", torch.float64: "F64"}
 # The checksums are a tensor of the file, placed last: the header, which comes first, cannot hold what is only
 # known once the data has been streamed.
 _CHECKSUMS = "crc32"
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a CPU tensor of any dtype."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def pack_lower(matrix: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ def write_packed(path: Path, matrices: PackedMatrices, metadata: dict[str, str])
         file.write(struct.pack("<Q", len(text)) + text)
         checksums = []
         for name in sides:
-            data = memoryview(matrices.packed(name).contiguous().numpy()).cast("B")
+            data = bytes_of(matrices.packed(name))
             checksums.append(zlib.crc32(data))
             file.write(data)
         file.write(struct.pack(f"<{len(checksums)}I", *checksums))
@@ -211,6 +216,6 @@ class PackedFile(PackedMatrices):
     def packed(self, name: str) -> Tensor:
         """Return the packed lower triangle of ``name``, verified against its checksum."""
         tensor = self._file.get_tensor(name)
-        if zlib.crc32(memoryview(tensor.numpy()).cast("B")) != self._checksums[name]:
+        if zlib.crc32(bytes_of(tensor)) != self._checksums[name]:
             raise ValueError(f"{self.path} is damaged: the checksum of {name!r} does not match its data.")
         return tensor

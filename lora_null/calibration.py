@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import time
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-from tqdm.auto import tqdm
+import torch
+from torch import Tensor, nn
 
 from ._accumulate import ACCUMULATORS, Placement
-from ._batches import BatchReader, DataFingerprint, iterate, to_device
-from ._collect import Collector
+from ._batches import Batch, BatchReader, DataFingerprint, iterate, probe, to_device
+from ._checkpoint import Checkpoint, digest_of, weights_key
+from ._collect import Collector, combined
+from ._layerwise import LayerWalk, decoder_layers, split_by_layer
 from ._logging import logger
+from ._memory_plan import MemoryPlan, Observation, observe, plan_layerwise, plan_streaming, unobserved
 from ._modes import evaluating, input_device
 from ._observe import watching
-from ._ops import symmetrize_
+from ._passes import Job, run_callback, stream, walk
+from ._storage import PackedMemory
 from .config import LoraNullConfig
 from .covariances import Covariances
+from .distributed import announcing_failure, exchange, is_shared_out, rank_and_size, share_of
 from .targets import output_head_names, target_linears
 
 
@@ -26,46 +37,352 @@ def calibrate(
     config: LoraNullConfig | None = None,
     *,
     mask: str = "attention",
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 32,
+    device: str | torch.device | None = None,
+    offload: str | None = None,
+    low_memory: bool = False,
+    memory_limit: int | None = None,
     queue_tokens: int = 4096,
     accumulate: str = "fp32",
     normalize: str | None = None,
     share_inputs: bool = True,
+    shard: bool | None = None,
     progress: bool = True,
 ) -> Covariances:
-    """Sum ``C = sum_t x_t x_t^T`` over the calibration tokens for every input of the target layers."""
+    """Sum ``C = sum_t x_t x_t^T`` over the calibration tokens, for every input of the target layers.
+
+    Linear layers that receive the same tensor share one matrix; which do is observed, so q, k, v and gate, up of a
+    LLaMA block give 4 matrices per block. The model runs in eval mode without gradients, and without its output head
+    where it allows that; its modes, hooks and weights are as before when this returns or raises.
+
+    Under ``torch.distributed`` each process runs its share of the batches, and all return the same sums.
+
+    Args:
+        model: A Hugging Face causal LM or any ``nn.Module``; in any dtype, on any devices, offloaded by accelerate or
+            not.
+        batches: A list, DataLoader or iterator of batches; a batch is token ids ``(B, L)`` or ``(L,)``, a mapping
+            with ``input_ids`` and perhaps ``attention_mask`` and ``labels``, or a tuple in the order of the model's
+            arguments. One tensor or mapping is cut into batches of about ``queue_tokens`` tokens. Or a
+            function without arguments that runs the model: every call of the model in it is a batch.
+        config: Only ``target_modules`` matters here; the default covers every linear layer but the output head.
+        mask: Which tokens count. ``"attention"``: those with ``attention_mask != 0``. ``"labels"``: of
+            those, the ones with ``labels != -100``, which leaves out prompts. ``"none"``: all, padding too.
+        checkpoint: File for the sums in progress. If it exists the run continues from it, to the same bits as if it
+            had not been interrupted; a finished one is returned at once. With ``low_memory``, one file
+            per layer, ``<checkpoint>.<layer>``; with several processes, one per process.
+        checkpoint_every: Write it after so many batches.
+        device: Where the sums are formed and kept; the default is the device of each layer's input. With
+            ``low_memory`` also where each decoder layer runs, so that a model in CPU memory can be larger than it.
+        offload: ``"cpu"`` keeps the sums (with ``low_memory`` the hidden states) in CPU memory. Without
+            ``low_memory`` every launch then moves a ``d x d`` product to the CPU, which is slow.
+        low_memory: One pass per decoder layer, with the sums of that layer only; the hidden states of all
+            batches are kept between passes. About the same time; the result lies packed in CPU memory.
+        memory_limit: Bytes that the plan may use per device, the model itself aside; the default is the free
+            memory of a CUDA device. A plan that does not fit is refused before the run.
+        queue_tokens: Batches of fewer than half as many tokens are collected up to launches of at least that half.
+        accumulate: ``"fp32"`` or ``"fp64"``, the precision of the sums. Half-precision inputs are multiplied exactly
+            and summed in fp32, which suffices for the smallest eigenvalues of real activations.
+        normalize: ``"reference"`` divides each sample by the absolute value of its signed maximum, like the
+            published code; for comparisons only.
+        share_inputs: Off, each layer gets a matrix of its own.
+        shard: Several processes only. ``True``: all are given the same batches and each takes its share;
+            ``False``: each is given its own; the default is ``False`` for a DataLoader with a DistributedSampler
+            and ``True`` otherwise.
+        progress: Show a progress bar with tokens per second, on a terminal.
+
+    Returns:
+        The sums, as ``float32`` or ``float64`` matrices where they were kept.
+
+    Raises:
+        TypeError: A batch is of no known form.
+        ValueError: An argument is out of range; the model has no target layer; no token counts; an activation is
+            NaN or Inf (layer and batch are named); the plan does not fit; the checkpoint belongs to another run.
+        RuntimeError: Another process failed.
+    """
+    config = config or LoraNullConfig()
+    _check_options(offload, checkpoint_every, queue_tokens)
+    linears = target_linears(model, config.target_modules)
+    reader = BatchReader(model, mask, needs_head=bool(output_head_names(model) & set(linears)))
+    placement = _placement(device, None if low_memory else offload, queue_tokens, accumulate)
+    collector = Collector(linears, placement, share_inputs=share_inputs, normalize=normalize)
+    job = Job(model, reader, collector, input_device(model), checkpoint_every, progress)
+    options = {
+        "mask": mask,
+        "accumulate": accumulate,
+        "normalize": str(normalize),
+        "share_inputs": str(share_inputs),
+        "queue_tokens": str(queue_tokens),
+        "checkpoint_every": str(checkpoint_every),
+        "low_memory": str(low_memory),
+    }
+    with evaluating(model), announcing_failure():
+        if callable(batches) and not isinstance(batches, Iterable):
+            if low_memory or checkpoint is not None:
+                raise ValueError(
+                    "low_memory and checkpoint need the batches themselves, but batches is a function that runs the "
+                    "model. Pass a list, DataLoader or iterator of batches."
+                )
+            matrices: Mapping[str, Tensor]
+            _log_plan(plan_streaming(unobserved(linears), placement), memory_limit)
+            with watching(linears, collector.receive):
+                run_callback(job, batches)
+            matrices, groups, tokens = combined(collector)
+            data = "callback"
+        else:
+            source = iterate(batches, queue_tokens)
+            total = len(source) if isinstance(source, Sized) else None
+            if shard if shard is not None else not is_shared_out(batches):
+                source, total = share_of(source), None if total is None else len(list(share_of(range(total))))
+            path = None if checkpoint is None else Path(checkpoint)
+            run = _layerwise if low_memory else _streaming
+            matrices, groups, tokens, data = run(job, source, total, path, options, offload, memory_limit)
+    result = Covariances(matrices, groups, tokens, {**_provenance(model, config), **options, "data": data})
+    _check_counts(result, linears)
+    return result
+
+
+def memory_plan(
+    model: nn.Module,
+    batch: Any,
+    config: LoraNullConfig | None = None,
+    *,
+    tokens: int = 0,
+    device: str | torch.device | None = None,
+    offload: str | None = None,
+    low_memory: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    queue_tokens: int = 4096,
+    accumulate: str = "fp32",
+    share_inputs: bool = True,
+) -> MemoryPlan:
+    """Say what :func:`calibrate` with these arguments would keep in memory; runs one small forward pass.
+
+    The model may lie on the ``meta`` device: then nothing is computed or allocated.
+
+    Args:
+        model: The model.
+        batch: One batch.
+        config: As for :func:`calibrate`, like the other arguments.
+        tokens: ``B L`` summed over all batches, padding included; needed with ``low_memory``.
+        device: See :func:`calibrate`.
+        offload: See :func:`calibrate`.
+        low_memory: See :func:`calibrate`.
+        checkpoint: See :func:`calibrate`; nothing is read or written.
+        queue_tokens: See :func:`calibrate`.
+        accumulate: See :func:`calibrate`.
+        share_inputs: See :func:`calibrate`.
+
+    Returns:
+        The plan; ``str(plan)`` is a table, ``plan.total(device)`` the bytes on one device.
+    """
     config = config or LoraNullConfig()
     linears = target_linears(model, config.target_modules)
-    placement = Placement(dtype=ACCUMULATORS[accumulate], queue_tokens=queue_tokens)
-    collector = Collector(linears, placement, share_inputs=share_inputs, normalize=normalize)
-    reader = BatchReader(model, mask, needs_head=bool(output_head_names(model) & set(linears)))
-    data = DataFingerprint()
-    device = input_device(model)
-    tokens = 0
-    start = time.perf_counter()
-    with evaluating(model), watching(linears, collector.receive):
-        bar = tqdm(iterate(batches, queue_tokens), desc="calibrate", unit="batch", disable=None if progress else True)
-        for index, item in enumerate(bar):
-            batch = reader.read(item, index)
-            data.add(batch)
-            if not batch.tokens:
-                continue
-            collector.begin(index, batch.mask)
-            model(**to_device(batch.inputs, device))
-            collector.end()
-            tokens += batch.tokens
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
-        collector.accumulator.flush()
-    collector.shared.check()
-    matrices, counts = {}, {}
-    for key, entry in collector.accumulator.sums.items():
-        entry.queue = None
-        matrices[key], counts[key] = symmetrize_(entry.matrix), entry.tokens
-    if not matrices:
+    reader = BatchReader(model, "none", needs_head=bool(output_head_names(model) & set(linears)))
+    placement = _placement(device, None if low_memory else offload, queue_tokens, accumulate)
+    first = reader.read(batch, 0)
+    inputs = to_device(probe(first.inputs), input_device(model))
+    if reader.is_hf and next(model.parameters()).is_meta and not hasattr(model, "_hf_hook"):
+        # transformers looks at the values of positions and masks, and there are none; it takes a mask of four
+        # dimensions as it is
+        inputs = to_device(inputs, torch.device("meta"))
+        length = inputs["input_ids"].shape[1]
+        inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
+    with evaluating(model):
+        seen = observe(model, inputs, linears, share_inputs)
+    placement = replace(placement, queue=_wants_queue([first], queue_tokens))
+    if not low_memory:
+        return plan_streaming(seen, placement)
+    tokens = tokens or first.tokens
+    return _plan_walk(model, linears, seen, placement, offload, tokens, first.tokens, checkpoint is not None)
+
+
+def _placement(device: str | torch.device | None, offload: str | None, queue_tokens: int, accumulate: str) -> Placement:
+    if accumulate not in ACCUMULATORS:
+        raise ValueError(f"accumulate is {accumulate!r}; expected one of {tuple(ACCUMULATORS)}.")
+    compute = None if device is None else torch.device(device)
+    store = torch.device("cpu") if offload == "cpu" else None
+    return Placement(ACCUMULATORS[accumulate], compute, store, queue_tokens)
+
+
+def _check_options(offload: str | None, checkpoint_every: int, queue_tokens: int) -> None:
+    if offload not in (None, "cpu"):
+        raise ValueError(f'offload is {offload!r}; expected None or "cpu".')
+    for name, value in (("checkpoint_every", checkpoint_every), ("queue_tokens", queue_tokens)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+
+
+def _wants_queue(batches: Sequence[Batch], queue_tokens: int) -> bool:
+    return any(batch.shape is None or 2 * batch.shape[0] * batch.shape[1] < queue_tokens for batch in batches)
+
+
+def _log_plan(plan: MemoryPlan, limit: int | None) -> None:
+    logger.info("%s", plan)
+    plan.check(
+        limit,
+        'Pass low_memory=True to keep one decoder layer\'s covariances at a time, offload="cpu" to keep all of them in '
+        "CPU memory, or fewer target_modules.",
+    )
+
+
+def _open_checkpoint(path: Path, job: Job, options: Mapping[str, str]) -> Checkpoint:
+    rank, size = rank_and_size()
+    key = {
+        "model": weights_key(job.model),
+        "targets": digest_of(list(job.collector.linears)),
+        **options,
+        "process": f"{rank} of {size}",
+    }
+    return Checkpoint(path if size == 1 else path.with_name(f"{path.name}.rank{rank}"), key)
+
+
+def _streaming(
+    job: Job,
+    source: Iterable[Any],
+    total: int | None,
+    path: Path | None,
+    options: Mapping[str, str],
+    offload: str | None,
+    limit: int | None,
+) -> tuple[Mapping[str, Tensor], dict, dict, str]:
+    """Run all batches once; matrices, groups, tokens and the fingerprint of the data."""
+    items = iter(source)
+    first = [job.reader.read(item, 0) for item in islice(items, 1)]
+    linears, placement = job.collector.linears, job.collector.accumulator.placement
+    with ExitStack() as stack:
+        checkpoint, device_of = None, {}
+        if first:
+            inputs = to_device(probe(first[0].inputs), job.inputs_to)
+            seen = observe(job.model, inputs, linears, job.collector.shared.share)
+            placement = replace(placement, queue=_wants_queue(first, placement.queue_tokens))
+            job.collector.accumulator.placement = placement
+            _log_plan(plan_streaming(seen, placement), limit)
+            for key, names in seen.groups.items():
+                where = placement.store or placement.compute or seen.inputs[key].device
+                device_of.update(dict.fromkeys(names, where))
+            if path is not None:
+                checkpoint = _open_checkpoint(path, job, options)
+                stack.enter_context(checkpoint.locked())
+        rest = (job.reader.read(item, index) for index, item in enumerate(items, 1))
+        with watching(linears, job.collector.receive):
+            data = stream(job, chain(first, rest), total, checkpoint, device_of)
+    matrices, groups, tokens = combined(job.collector)
+    return matrices, groups, tokens, digest_of(exchange(data))
+
+
+def _layerwise(
+    job: Job,
+    source: Iterable[Any],
+    total: int | None,
+    path: Path | None,
+    options: Mapping[str, str],
+    offload: str | None,
+    limit: int | None,
+) -> tuple[Mapping[str, Tensor], dict, dict, str]:
+    """Run one pass per layer; matrices, groups, tokens and the fingerprint of the data."""
+    batches = [job.reader.read(item, index) for index, item in enumerate(source)]
+    linears, placement = job.collector.linears, job.collector.accumulator.placement
+    placement = replace(placement, queue=_wants_queue(batches, placement.queue_tokens))
+    job.collector.accumulator.placement = placement
+    name, layers = decoder_layers(job.model, linears)
+    linears_of, outside = split_by_layer(linears, name, len(layers))
+    if batches:
+        inputs = to_device(probe(batches[0].inputs), job.inputs_to)
+        seen = observe(job.model, inputs, linears, job.collector.shared.share)
+        sizes = [batch.shape[0] * batch.shape[1] if batch.shape else batch.tokens for batch in batches]
+        plan = _plan_walk(job.model, linears, seen, placement, offload, sum(sizes), max(sizes), path is not None)
+        _log_plan(plan, limit)
+    fingerprint = DataFingerprint()
+    for batch in batches:
+        fingerprint.add(batch)
+    layer_walk = LayerWalk(
+        job.model,
+        layers,
+        batches,
+        inputs_to=job.inputs_to,
+        compute=placement.compute,
+        keep=torch.device("cpu") if offload == "cpu" else None,
+    )
+    with ExitStack() as stack:
+        checkpoint = None
+        if path is not None:
+            checkpoint = _open_checkpoint(path, job, {**options, "data": str(fingerprint)})
+            stack.enter_context(checkpoint.locked())
+        done = walk(job, layer_walk, linears_of, outside, checkpoint)
+    matrices = PackedMemory(done.triangles, placement.dtype)
+    return matrices, done.groups, done.tokens, digest_of(exchange(str(fingerprint)))
+
+
+def _plan_walk(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    seen: Observation,
+    placement: Placement,
+    offload: str | None,
+    tokens: int,
+    largest_batch: int,
+    on_disk: bool,
+) -> MemoryPlan:
+    name, layers = decoder_layers(model, linears)
+    keys = [[key for key in seen.groups if key.startswith(f"{name}.{i}.")] for i in range(len(layers))]
+    entering = seen.inputs[next(key for layer in keys for key in layer)]
+    hidden_device = torch.device("cpu") if offload == "cpu" else placement.compute or entering.device
+    return plan_layerwise(
+        seen,
+        placement,
+        keys,
+        layers,
+        moves_weights=placement.compute is not None,
+        hidden_bytes=tokens * entering.d * entering.dtype.itemsize,
+        hidden_device=hidden_device,
+        largest_batch=largest_batch,
+        on_disk=on_disk,
+    )
+
+
+def _provenance(model: nn.Module, config: LoraNullConfig) -> dict[str, str]:
+    from . import __version__
+
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    return {
+        "lora_null": __version__,
+        "model": type(model).__name__,
+        # a local path would tell others about this machine, and mean nothing to them
+        "model_name": Path(name).name if os.path.isabs(name) else name,
+        "model_dtype": ",".join(dtypes),
+        "target_modules": json.dumps(config.to_dict()["target_modules"]),
+    }
+
+
+def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear]) -> None:
+    """Refuse an empty result; warn of layers without tokens and of null spaces that too few tokens leave open."""
+    if not result:
         raise ValueError(
-            "No calibration token was counted: expected batches with at least one token that its mask keeps."
+            "No token was counted for any target layer. Expected batches with tokens that the mask keeps "
+            "(attention_mask != 0, labels != -100), and a model whose target layers are called: hooks do not see "
+            "layers inside a compiled graph, so calibrate before torch.compile."
         )
-    groups = collector.shared.members()
-    for key, matrix in matrices.items():
-        if counts[key] < 2 * len(matrix):
-            logger.warning("%s: %d tokens for %d features; use at least twice as many", key, counts[key], len(matrix))
-    return Covariances(matrices, groups, counts, {"data": str(data), "mask": mask})
+    missing = [name for name in linears if name not in result]
+    if missing:
+        logger.warning(
+            "%d of %d target layers received no token and have no covariance, for instance %s. Add batches that reach "
+            "them, or leave them out of target_modules.",
+            len(missing),
+            len(linears),
+            missing[0],
+        )
+    few = [key for key in result if result.tokens[key] < 2 * result.size(key)]
+    if few:
+        worst = max(few, key=lambda key: result.size(key) / result.tokens[key])
+        logger.warning(
+            "%d of %d covariances have fewer than 2 tokens per feature (%s: %d tokens, d = %d). Their null spaces are "
+            "then largely arbitrary and protect only these very texts. Calibrate on more text: at least %d tokens.",
+            len(few),
+            len(result),
+            worst,
+            result.tokens[worst],
+            result.size(worst),
+            2 * max(result.size(key) for key in few),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -34,7 +34,7 @@ class Covariances:
     def __init__(
         self,
         matrices: Mapping[str, Tensor],
-        groups: Mapping[str, tuple[str, ...]],
+        groups: Mapping[str, Sequence[str]],
         tokens: Mapping[str, int],
         metadata: Mapping[str, str] | None = None,
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -11,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process of the group has raised an error."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -41,9 +46,9 @@ def exchange(value: Any, error: BaseException | None = None) -> list[Any]:
     for ever.
 
     Raises:
-        RuntimeError: Another process has failed; the message names it and its error.
+        OtherProcessFailed: Another process has failed; the message names it and its error.
     """
-    rank, size = rank_and_size()
+    size = rank_and_size()[1]
     if size == 1:
         return [value]
     failure = None if error is None else f"{type(error).__name__}: {error}"
@@ -52,8 +57,20 @@ def exchange(value: Any, error: BaseException | None = None) -> list[Any]:
     if error is None:
         for other, (_, failed) in enumerate(answers):
             if failed is not None:
-                raise RuntimeError(f"Calibration stopped because process {other} failed with {failed}")
+                raise OtherProcessFailed(f"Stopped because process {other} failed with {failed}")
     return [answer for answer, _ in answers]
+
+
+@contextmanager
+def announcing_failure() -> Iterator[None]:
+    """Tell the other processes, which wait in :func:`exchange`, of an error raised in the block."""
+    try:
+        yield
+    except OtherProcessFailed:
+        raise
+    except Exception as error:
+        exchange(None, error)
+        raise
 
 
 def add_up(matrix: Tensor) -> Tensor:
