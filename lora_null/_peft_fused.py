@@ -27,12 +27,15 @@ class FusedLoraLinear(lora.Linear):
                 _fall_back(reason)
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
-        base, dropout = self.get_base_layer(), self.lora_dropout[name]
+        base: Any = self.get_base_layer()
+        lora_A: Any = self.lora_A[name]
+        lora_B: Any = self.lora_B[name]
+        dropout = self.lora_dropout[name]
         return ops.lora_linear(
             x,
             base.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
+            lora_A.weight,
+            lora_B.weight,
             scaling=self.scaling[name],
             bias=base.bias,
             dropout=dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,

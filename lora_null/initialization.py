@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ._weights import dense_weight, fingerprint, materialized
 from .config import LoraNullConfig
 from .covariances import Covariances
+from .distributed import announcing_failure, divide, gather
 from .factors import factorize
 from .layers import LoraNullLinear, adapter_layers, attach_adapter
 from .solver import NullSpace, null_spaces
@@ -86,7 +87,8 @@ def initialize(
     config = config or LoraNullConfig()
     linears = target_linears(model, config.target_modules)
     _check(model, linears, covariances, config)
-    spaces = solve(linears, covariances, config, method=method, progress=progress)
+    ranks = {covariances.group_of(name): config.r for name in linears}
+    spaces, energies = solve(covariances, ranks, method=method, seed=config.seed, progress=progress)
     base_fingerprint = fingerprint(linears)
     start = {}
     for name, linear in tqdm(linears.items(), "factorise", unit="layer", disable=not progress):
@@ -99,23 +101,46 @@ def initialize(
     model.requires_grad_(False)
     for name, linear in linears.items():
         _attach(linear, *start.pop(name), config)
-    energies = {key: space.energy / float(covariances[key].trace()) for key, space in spaces.items()}
     set_state(model, AdapterState(config, base_fingerprint, energies))
     return model
 
 
 def solve(
-    linears: Mapping[str, nn.Linear],
     covariances: Covariances,
-    config: LoraNullConfig,
+    ranks: Mapping[str, int],
     *,
     method: str = "auto",
+    seed: int = 0,
     progress: bool = True,
-) -> dict[str, NullSpace]:
-    """Return the null space of every sharing group that ``linears`` read, by group key."""
-    keys = dict.fromkeys(covariances.group_of(name) for name in linears)
-    matrices = ((key, covariances[key]) for key in keys)
-    return dict(null_spaces(matrices, config.r, method=method, seed=config.seed, progress=progress))
+) -> tuple[dict[str, NullSpace], dict[str, float]]:
+    """Solve for the null spaces of sharing groups; processes of a ``torch.distributed`` group divide the work.
+
+    Args:
+        covariances: Of the model.
+        ranks: Group key to the number of directions wanted.
+        method: Passed to :func:`lora_null.null_space`.
+        seed: Seed of the solver.
+        progress: Show a progress bar.
+
+    Returns:
+        By group key, the null spaces and their shares of the energy ``tr(U^T C U) / tr(C)``.
+    """
+    traces: dict[str, float] = {}
+
+    def matrices(r: int) -> Iterator[tuple[str, Tensor]]:
+        for key in mine:
+            if ranks[key] == r:
+                C = covariances[key]
+                traces[key] = float(C.diagonal().sum(dtype=torch.float64))
+                yield key, C
+
+    with announcing_failure():
+        mine = divide({key: covariances.size(key) ** 3 for key in ranks})
+        found: dict[str, NullSpace] = {}
+        for r in sorted({ranks[key] for key in mine}):
+            found.update(null_spaces(matrices(r), r, method=method, seed=seed, progress=progress))
+    solved = gather({key: (space, space.energy / traces[key]) for key, space in found.items()})
+    return {key: solved[key][0] for key in ranks}, {key: solved[key][1] for key in ranks}
 
 
 def _attach(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> LoraNullLinear:
@@ -135,6 +160,15 @@ def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float)
         weight.copy_(weight.float().add_(product, alpha=factor))
 
 
+def check_width(name: str, linear: nn.Linear, size: int) -> None:
+    """Refuse a covariance of ``size`` features for a layer that reads another number."""
+    if size != linear.in_features:
+        raise ValueError(
+            f"The covariance of {name} has {size} features, but the layer reads {linear.in_features}. The covariances "
+            "were collected on another model; run lora_null.calibrate on this one."
+        )
+
+
 def _check(
     model: nn.Module, linears: Mapping[str, nn.Linear], covariances: Covariances, config: LoraNullConfig
 ) -> None:
@@ -152,12 +186,7 @@ def _check(
         )
     for name, linear in linears.items():
         d, m = linear.in_features, linear.out_features
-        shape = tuple(covariances[name].shape)
-        if shape != (d, d):
-            raise ValueError(
-                f"The covariance of {name} is {shape}, but the layer reads {d} features: expected ({d}, {d}). The "
-                "covariances were collected on another model; run lora_null.calibrate on this one."
-            )
+        check_width(name, linear, covariances.size(name))
         if config.r > min(d, m):
             raise ValueError(
                 f"r={config.r} is larger than min(d, m) = {min(d, m)} of {name} (d={d} inputs, m={m} outputs). Choose "

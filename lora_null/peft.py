@@ -25,9 +25,8 @@ from .adapter import own_config, short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .factors import factorize
-from .initialization import AdapterState, get_state, set_state, shift_base
+from .initialization import AdapterState, check_width, get_state, set_state, shift_base, solve
 from .layers import stack_delta
-from .solver import NullSpace, null_spaces
 
 __all__ = [
     "FusedKernels",
@@ -81,14 +80,10 @@ def initialize_lora_null_weights(
     sources = {name: _covariance_name(name, covariances) for name in layers}
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name, tuple(covariances[sources[name]].shape), freeze_a)
+        _check_layer(name, layer, adapter_name, covariances.size(sources[name]), freeze_a)
         key = covariances.group_of(sources[name])
         ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
-    spaces: dict[str, NullSpace] = {}
-    for r in sorted(set(ranks.values())):
-        matrices = ((key, covariances[key]) for key, rank in ranks.items() if rank == r)
-        spaces.update(null_spaces(matrices, r, method=method, seed=seed, progress=progress))
-    energies = {key: space.energy / float(covariances[key].trace()) for key, space in spaces.items()}
+    spaces, energies = solve(covariances, ranks, method=method, seed=seed, progress=progress)
     base = fingerprint({name: layer.get_base_layer() for name, layer in layers.items()})
     for name, layer in tqdm(layers.items(), "factorise", unit="layer", disable=not progress):
         # Eigenvalues ascend, so a smaller rank takes the leading columns.
@@ -209,7 +204,7 @@ def _covariance_name(name: str, covariances: Covariances) -> str:
     )
 
 
-def _check_layer(name: str, layer: Any, adapter_name: str, shape: tuple[int, ...], freeze_a: bool) -> None:
+def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: bool) -> None:
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear) or not hasattr(layer.lora_A[adapter_name], "weight"):
         raise ValueError(
@@ -219,10 +214,7 @@ def _check_layer(name: str, layer: Any, adapter_name: str, shape: tuple[int, ...
     if adapter_name in getattr(layer, "lora_variant", {}):
         raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
     r, d, m = layer.r[adapter_name], base.in_features, base.out_features
-    if shape != (d, d):
-        raise ValueError(
-            f"The covariance of {name} is {shape}, but the layer reads {d} features. It was collected on another model."
-        )
+    check_width(name, base, size)
     if r > min(d, m):
         raise ValueError(f"r={r} is larger than min(d, m) = {min(d, m)} of {name}; choose a smaller r for it.")
     if not freeze_a and not (base.weight.is_floating_point() and base.weight.shape == (m, d)):

@@ -1,7 +1,13 @@
 """Initialisation of a patched model, in both modes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 import lora_null
@@ -131,6 +137,47 @@ def test_initialisation_is_deterministic(llama, token_batches):
         lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
         states.append({name: layer.lora_A.weight.clone() for name, layer in adapter_layers(model).items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_processes_divide_the_solves_and_agree(calibrated, tmp_path):
+    model, covariances = calibrated
+    covariances.save(tmp_path / "covariances")
+    model.save_pretrained(tmp_path / "model")
+    script = """
+import os, sys
+import torch, torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+import lora_null
+from lora_null import solver
+from lora_null.layers import adapter_layers
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("rendezvous"), rank=rank, world_size=2)
+solved = []
+original = solver.null_space
+solver.null_space = lambda *args, **kwargs: solved.append(1) or original(*args, **kwargs)
+model = AutoModelForCausalLM.from_pretrained("model")
+config = lora_null.LoraNullConfig(r=6)
+lora_null.initialize(model, lora_null.Covariances.load("covariances"), config, progress=False)
+factors = {name: layer.lora_A.weight.detach() for name, layer in adapter_layers(model).items()}
+save_file(factors, f"factors{rank}.safetensors", metadata={"solved": str(len(solved))})
+dist.destroy_process_group()
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], cwd=tmp_path, env=environment) for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    first, second = (load_file(str(tmp_path / f"factors{rank}.safetensors")) for rank in range(2))
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], layer.lora_A.weight.detach(), rtol=1e-4, atol=1e-6)
+    counts = []
+    for rank in range(2):
+        with safe_open(str(tmp_path / f"factors{rank}.safetensors"), "pt") as file:
+            counts.append(int(file.metadata()["solved"]))
+    assert sum(counts) == len(covariances) and min(counts) > 0
 
 
 class TestBadInput:
