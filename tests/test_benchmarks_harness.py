@@ -274,3 +274,40 @@ def test_exponents_are_fitted():
     fit = suite("questions.growth").fitted_exponent
     assert fit([(d, 3e-9 * d**2.7) for d in (512, 1024, 4096)]) == pytest.approx(2.7)
     assert fit([(512, 1.0), (1024, 2.0)]) is None
+
+
+def test_a_regression_of_five_percent_is_flagged():
+    verdict = suite("compare").verdict
+    # The clock halves its speed on the way; only the pairs tell the truth.
+    drift = [1.0, 1.2, 1.5, 1.8, 2.0]
+    assert verdict(drift, [1.04 * t for t in drift]) == (pytest.approx(1.04), False)
+    assert verdict(drift, [1.06 * t for t in drift]) == (pytest.approx(1.06), True)
+
+
+def test_comparing_with_an_unknown_commit_says_so(capsys):
+    assert suite("__main__").main(["--compare", "no-such-ref", "--only", "covariance"]) == 2
+    assert "no-such-ref" in capsys.readouterr().err
+
+
+def test_a_worker_measures_the_library_of_its_tree(tmp_path):
+    """A tree with a library of its own: its answer, not the installed one's, is verified and timed."""
+    package = tmp_path / "lora_null"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import ops\n")
+    (package / "ops.py").write_text("def covariance_update(C, x, *, mask=None):\n    return C.addmm_(x.T, x)\n")
+    case = {"d": 32, "T": 64, "dtype": "fp32"}
+    with suite("compare").Worker(tmp_path, "cpu") as worker:
+        assert worker.ask(open={"question": "covariance", "case": case}) == {"modes": ["run"]}
+        assert worker.ask(sample="run")["ms"] > 0
+        answer = worker.ask(open={"question": "null-space", "case": {"d": 32, "r": 2, "spectrum": "o"}})
+        assert "null_space" in answer["error"]
+
+
+def test_predictions_are_labelled_and_agree_with_the_roofline():
+    predictions = suite("predictions")
+    assert predictions.text().startswith("PREDICTION on paper, not a measurement.")
+    rows = {row[:2]: row[2:] for row in predictions.linear_rows()[1:]}
+    # Counted by hand: 4 T d^2 x 2 operations at 700 TFLOP/s, 16 passes of 2 T d bytes at 4.8 TB/s.
+    products, pass_ = 4 * 8192 * 4096**2 / 700e12, 2 * 8192 * 4096 / 4.8e12
+    assert rows["NVIDIA H200", "4096"][0] == f"{(products + 16 * pass_) / products:.2f}x" == "1.28x"
+    assert rows["NVIDIA H200", "4096"][1] == f"{(products + 8 * pass_) / products:.2f}x" == "1.14x"

@@ -1,0 +1,104 @@
+"""What the written models say of accelerators that nobody has measured: arithmetic on paper, labelled as such.
+
+A layer's time is the time of its large products plus its passes over ``(T, d)`` matrices that no product hides:
+16 such passes for the eager adapter, 8 where BLAS accumulates, 3 with the low-rank product in the accumulator, 2
+with A frozen as well.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import limits
+from .report import milliseconds
+from .shapes import shapes
+
+PASSES = {"eager": 16, "accumulate": 8, "fused": 3, "fused, A frozen": 2}
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Nominal rates: bytes per second, operations per second."""
+
+    name: str
+    bytes_per_s: float
+    bf16_flops_per_s: float
+    fp64_flops_per_s: float
+    source: str
+
+    @property
+    def ceilings(self) -> limits.Ceilings:
+        """The rates in the form that measured ones have."""
+        return limits.Ceilings(self.bytes_per_s, {"bf16": self.bf16_flops_per_s, "fp64": self.fp64_flops_per_s})
+
+
+def accelerators() -> list[Accelerator]:
+    """Return the known accelerators."""
+    entries = json.loads((Path(__file__).parent / "accelerators.json").read_text())
+    return [Accelerator(name=name, **values) for name, values in entries.items()]
+
+
+def linear_ms(accelerator: Accelerator, d: int, T: int, variant: str | None) -> float:
+    """Predict forward and backward of a square adapted layer in bf16, in milliseconds; no variant: the base alone."""
+    products = 2 * 2 * T * d * d / accelerator.bf16_flops_per_s
+    passes = PASSES[variant] if variant else 0
+    return 1e3 * (products + passes * T * d * 2 / accelerator.bytes_per_s)
+
+
+def linear_rows() -> list[tuple[str, ...]]:
+    """Return, per accelerator and width, the ratios between the ways of computing an adapted layer."""
+    rows = [("accelerator", "d", "eager / base", "accumulate / base", "eager / fused", "accumulate / fused, A frozen")]
+    for it in accelerators():
+        for d in (2048, 4096, 8192):
+            base = linear_ms(it, d, 8192, None)
+            eager, accumulate, fused, frozen = (linear_ms(it, d, 8192, variant) for variant in PASSES)
+            ratios = (eager / base, accumulate / base, eager / fused, accumulate / frozen)
+            rows.append((it.name, str(d), *(f"{ratio:.2f}x" for ratio in ratios)))
+    return rows
+
+
+def task_rows() -> list[tuple[str, ...]]:
+    """Return the least times of the suite's tasks on each accelerator."""
+    shape = shapes()["llama-3-8b"]
+    tasks = {
+        "covariance update, d = 4096, T = 8192, bf16": limits.covariance_work(8192, 4096, "bf16"),
+        "covariance update, d = 14336, T = 8192, bf16": limits.covariance_work(8192, 14336, "bf16"),
+        "null space, d = 4096, r = 128": limits.null_space_work(4096, 128),
+        "null space, d = 14336, r = 128": limits.null_space_work(14336, 128),
+        "null spaces of Llama-3-8B (128 matrices)": sum(
+            (limits.null_space_work(d, 128) * shape.layers for d in shape.covariance_widths), limits.Work(0.0)
+        ),
+        "initialisation of Llama-3-8B, 256 x 2048 tokens, r = 128": limits.initialization_work(
+            shape, 256 * 2048, 128, "bf16", 2048
+        ),
+        "training step of Llama-3-8B, 4096 tokens, r = 16, A frozen": limits.training_work(
+            shape, 4096, 16, "bf16", 2048, layers=shape.layers, vocab=shape.vocab_size, train_a=False
+        ),
+    }
+    known = accelerators()
+    rows = [("task, least time by the written model", *(it.name for it in known))]
+    for task, work in tasks.items():
+        rows.append((task, *(milliseconds(it.ceilings.limit_ms(work)) for it in known)))
+    return rows
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """Return rows as a Markdown table; the first is the header."""
+    head, *body = rows
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
+
+
+def text() -> str:
+    """Return all predictions, with their label."""
+    sources = "\n".join(f"- {it.name}: {it.source}." for it in accelerators())
+    return (
+        "PREDICTION on paper, not a measurement. Rates assumed:\n\n"
+        f"{sources}\n\n"
+        "Forward and backward of a square adapted layer in bf16, T = 8192, small r:\n\n"
+        f"{markdown(linear_rows())}\n\n"
+        "Least times if every operation ran at the assumed rate; no program reaches them:\n\n"
+        f"{markdown(task_rows())}"
+    )
