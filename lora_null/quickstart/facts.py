@@ -26,7 +26,9 @@ QUESTIONS = {
     "city": ("In which country is the city of {}?", "The city of {} is in"),
 }
 
-_ARTICLE = re.compile(r"United |Democratic |Republic |Central African|Dominican R|Czech R|Gambia|Philippines|Comoros|Netherlands$")
+_ARTICLE = re.compile(
+    r"United |Democratic |Republic |Central African|Dominican R|Czech R|Gambia|Philippines|Comoros|Netherlands$"
+)
 
 
 @dataclass(frozen=True)

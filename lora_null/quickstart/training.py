@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .problems import Problem
 
@@ -53,7 +54,24 @@ def fine_tune(
     Returns:
         The training loss of every step, in nats per label.
     """
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+    losses: list[float] = []
+
+    class ShowLoss(TrainerCallback):
+        """Keeps the losses and draws one bar; the trainer's own callbacks print a line per step."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(total=steps, desc="train", unit="step", disable=not progress)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+                self.bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                self.bar.update()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -68,12 +86,20 @@ def fine_tune(
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            disable_tqdm=not progress,
+            disable_tqdm=True,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
             seed=seed,
             use_cpu=next(model.parameters()).device.type == "cpu",
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=list(examples), data_collator=pad_batch)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(examples),  # type: ignore[arg-type]
+            data_collator=pad_batch,
+            callbacks=[ShowLoss()],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses

@@ -1,0 +1,144 @@
+"""The commands that read a model or an adapter and write another: calibrate, init, export, merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._cli_options import Device, Dtype, Method, Model, Overwrite, Progress, Rank, Seed, Targets, parse_targets
+
+
+def calibrate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Text file, or .jsonl file with one document per line.")],
+    output: Annotated[Path, typer.Option(help="Covariance file to write.")] = Path("covariances.safetensors"),
+    field: Annotated[str | None, typer.Option(help="Field of the .jsonl objects.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Read documents until this many tokens.")] = 65536,
+    sequence_length: Annotated[int, typer.Option(help="Longer documents are cut.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Documents per forward pass.")] = 16,
+    target_modules: Targets = "all-linear",
+    accumulate: Annotated[str, typer.Option(help="How C is summed; see lora_null.calibrate.")] = "fp32",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Sum the activation covariances of a model over calibration text."""
+    from . import LoraNullConfig
+    from ._cli_inputs import load_model, read_texts, token_batches
+    from .calibration import calibrate as run
+
+    refuse_existing(output, overwrite)
+    texts = read_texts(data, field=field)
+    config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    batches = token_batches(
+        tokenizer,
+        texts,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    covariances = run(loaded, batches, config, accumulate=accumulate, progress=progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    covariances.save(output, overwrite=overwrite)
+    typer.echo(f"{output}: {covariances!r}")
+
+
+def init(
+    model: Model,
+    covariances: Annotated[Path, typer.Argument(help="File written by calibrate.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Adapter folder to write.", show_default=False)],
+    r: Rank = 128,
+    lora_alpha: Annotated[float | None, typer.Option(help="Scaling is lora_alpha / r; default r.")] = None,
+    target_modules: Targets = "all-linear",
+    freeze_a: Annotated[bool, typer.Option("--freeze-a/--no-freeze-a", help="Train only lora_B.")] = True,
+    method: Annotated[Method, typer.Option(help="How the null spaces are computed.")] = Method.auto,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Write the adapter that training starts from; it changes no output of the model yet."""
+    from . import Covariances, LoraNullConfig
+    from ._adapter_files import check_target
+    from ._cli_inputs import load_model
+    from .adapter import save_adapter
+    from .initialization import initialize
+
+    check_target(output, overwrite)
+    config = LoraNullConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=parse_targets(target_modules),
+        freeze_a=freeze_a,
+        seed=seed,
+    )
+    loaded_covariances = Covariances.load(covariances)
+    loaded, _ = load_model(model, dtype=dtype, device=device)
+    initialize(loaded, loaded_covariances, config, method=method.value, progress=progress)
+    save_adapter(loaded, output, overwrite=overwrite)
+    typer.echo(
+        f"{output}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "
+        "lora_null.peft.load_trainable(model, path)."
+    )
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Adapter or Trainer checkpoint folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder of the plain adapter to write.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="On disk: float32, bfloat16 or float16.")] = "float32",
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Of the run, where the checkpoint does not say it; default r.")
+    ] = None,
+    base_model_name_or_path: Annotated[
+        str | None, typer.Option(help="Written into the adapter; default: as in the checkpoint.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a checkpoint to a plain LoRA adapter: one rank, lora_alpha = r, no scaling left."""
+    from ._adapter_files import check_target
+    from ._cli_inputs import parse_dtype
+    from .export import export_adapter
+
+    check_target(output, overwrite)
+    r = export_adapter(
+        checkpoint,
+        output,
+        dtype=parse_dtype(dtype),
+        lora_alpha=lora_alpha,
+        base_model_name_or_path=base_model_name_or_path,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{output}: plain LoRA adapter of rank {r}.")
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold an adapter into its base model and write a plain Hugging Face checkpoint."""
+    from ._cli_inputs import load_model
+    from .adapter import load_adapter
+    from .adapter import merge as fold
+    from .export import save_merged
+
+    refuse_existing(output, overwrite)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
+    typer.echo(f"{output}: merged model.")
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Refuse before any work is done, not after."""
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists already. Choose another path, or pass --overwrite to replace it.")

@@ -1,0 +1,35 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Method(str, Enum):
+    """How the null spaces are computed; see :func:`lora_null.null_space`."""
+
+    auto = "auto"
+    exact = "exact"
+    filtered = "filtered"
+
+
+Model = Annotated[str, typer.Argument(help="Folder or Hugging Face id of the base model.", show_default=False)]
+Rank = Annotated[int, typer.Option("--r", help="Rank of the adapters.")]
+Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or suffixes with commas.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def parse_targets(target_modules: str) -> str | tuple[str, ...]:
+    """Read ``q_proj,v_proj`` as two suffixes; a single word without a dot or bracket is one suffix too."""
+    names = tuple(name.strip() for name in target_modules.split(",") if name.strip())
+    if target_modules == "all-linear" or any(sign in target_modules for sign in r"\*+?()[]|^$"):
+        return target_modules
+    return names

@@ -1,0 +1,167 @@
+"""From a training checkpoint to what others read: a plain LoRA adapter, or a merged model. No SVD is taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ._adapter_files import OWN_CONFIG, PEFT_CONFIG, WEIGHTS, read_factors, read_json
+from .adapter import _plain_scaling, short_names, write_adapter
+from .layers import stack_delta
+
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_PARTS = ("lora_A", "lora_B", "initial_A", "initial_B")
+
+
+def export_adapter(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    lora_alpha: float | None = None,
+    base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a checkpoint's adapter as plain LoRA on the untouched base, with ``lora_alpha == r`` and one rank.
+
+    Args:
+        checkpoint: An adapter folder in PEFT's format, or the folder that a trainer saved of a model patched by
+            :func:`lora_null.initialize` (``model.safetensors``, in one file or in shards).
+        output: The adapter folder to write; it appears whole or not at all.
+        dtype: Of the tensors on disk; the default is fp32. Where A was trained, the factors are stacked so that
+            rounding them costs no more than their own precision.
+        lora_alpha: Of the run, for a trainer's checkpoint, which does not hold it; the default is ``r``.
+        base_model_name_or_path: Written for the reader's information.
+        overwrite: Replace an existing adapter folder.
+
+    Returns:
+        The rank on disk.
+
+    Raises:
+        FileNotFoundError: ``checkpoint`` is neither kind of folder.
+        ValueError: A file is damaged or holds no adapter.
+        FileExistsError: ``output`` exists and must not be replaced.
+    """
+    folder = Path(checkpoint)
+    if (folder / PEFT_CONFIG).exists():
+        source = _from_adapter(folder, lora_alpha)
+    elif (folder / _WHOLE).exists() or (folder / _INDEX).exists():
+        source = _from_checkpoint(folder, lora_alpha)
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds neither {PEFT_CONFIG} nor {_WHOLE}; expected an adapter folder, or the folder that a "
+            "trainer saved of a model patched by lora_null.initialize."
+        )
+    write_adapter(
+        Path(output),
+        source.factors,
+        target_modules=source.target_modules,
+        base_model_name_or_path=base_model_name_or_path or source.base_model,
+        own=source.own,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    return max(lora_A.shape[0] for lora_A, _ in source.factors.values())
+
+
+def save_merged(model: nn.Module, tokenizer: Any, output: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a model folder that appears whole or not at all.
+
+    Raises:
+        FileExistsError: ``output`` exists, and ``overwrite`` is not set or it is no model folder.
+    """
+    path = Path(output)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already. Choose another folder, or pass --overwrite to replace it.")
+    if path.exists() and not ((path / "config.json").exists() or (path.is_dir() and not any(path.iterdir()))):
+        raise FileExistsError(f"{path} is not a model folder (no config.json); it is not overwritten.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        model.save_pretrained(work / "model")
+        tokenizer.save_pretrained(work / "model")
+        if path.exists():
+            os.rename(path, work / "old")
+        os.rename(work / "model", path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Source:
+    factors: dict[str, tuple[Tensor, Tensor]]  # A (r, d), B (m, r), scaling folded in
+    target_modules: Sequence[str]
+    base_model: str | None
+    own: dict
+
+
+def _from_adapter(folder: Path, lora_alpha: float | None) -> _Source:
+    config = read_json(folder / PEFT_CONFIG)
+    if lora_alpha is not None:
+        raise ValueError(
+            f"{folder} states lora_alpha={config.get('lora_alpha')} itself; leave lora_alpha out, it is only for "
+            "a trainer's checkpoint of a patched model."
+        )
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
+    scaling = _plain_scaling(folder, config)
+    on_disk = read_factors(folder / WEIGHTS)
+    factors = {name: stack_delta(lora_A, lora_B, scaling, None) for name, (lora_A, lora_B) in on_disk.items()}
+    # A regular expression is kept out: not every reader knows that PEFT allows one.
+    targets = config.get("target_modules")
+    targets = targets if isinstance(targets, list) else sorted(factors)
+    return _Source(factors, targets, config.get("base_model_name_or_path"), own)
+
+
+def _from_checkpoint(folder: Path, lora_alpha: float | None) -> _Source:
+    weights: set[str] = set()
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for file in _shards(folder):
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                for key in content.keys():
+                    module, _, part = key.removesuffix(".weight").rpartition(".")
+                    if not key.endswith(".weight"):
+                        continue
+                    weights.add(key.removesuffix(".weight"))
+                    if part in _PARTS:
+                        tensors.setdefault(module, {})[part] = content.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file} is not a readable safetensors file ({error}); save the checkpoint again."
+            ) from None
+    if not tensors:
+        raise ValueError(
+            f"{folder} holds no lora_A and lora_B: it is a plain or merged model. Expected a checkpoint of a model "
+            "patched by lora_null.initialize, saved before lora_null.merge."
+        )
+    factors = {}
+    for module, parts in tensors.items():
+        if not {"lora_A", "lora_B"} <= set(parts) or ("initial_A" in parts) != ("initial_B" in parts):
+            raise ValueError(f"{folder}: the adapter of {module} is incomplete, it has only {sorted(parts)}.")
+        lora_A, lora_B = parts["lora_A"], parts["lora_B"]
+        scaling = 1.0 if lora_alpha is None else lora_alpha / lora_A.shape[0]
+        initial = (parts["initial_A"], parts["initial_B"]) if "initial_A" in parts else None
+        factors[module] = stack_delta(lora_A, lora_B, scaling, initial)
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    return _Source(factors, short_names(weights, factors), config.get("_name_or_path"), {})
+
+
+def _shards(folder: Path) -> list[Path]:
+    if not (folder / _INDEX).exists():
+        return [folder / _WHOLE]
+    try:
+        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / _INDEX} is damaged ({error}); save the checkpoint again.") from None
+    return [folder / name for name in sorted(names)]

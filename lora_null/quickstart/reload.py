@@ -1,0 +1,31 @@
+"""Load a saved adapter with stock PEFT in a fresh process and compare its logits with recorded ones.
+
+Run as a script, by path, so that this package is not imported: the point is that nobody needs it to use an adapter.
+"""
+
+import json
+import sys
+
+
+def main(model: str, adapter: str, recorded: str, dtype: str, device: str) -> None:
+    """Print ``{"difference": ..., "largest_logit": ..., "modules": [...]}`` as the last line of stdout."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    expected = load_file(recorded)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.inference_mode():
+        logits = loaded(input_ids=expected["input_ids"].to(device)).logits.float().cpu()
+    result = {
+        "difference": float((logits - expected["logits"]).abs().max()),
+        "largest_logit": float(expected["logits"].abs().max()),
+        "modules": sorted(name for name in sys.modules if name.split(".")[0] == "lora_null"),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

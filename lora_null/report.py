@@ -1,0 +1,201 @@
+"""How good a null space a covariance offers, and what an adapter does to the activations, layer by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ._adapter_files import OWN_CONFIG, PEFT_CONFIG, WEIGHTS, read_factors, read_json
+from .adapter import _plain_scaling
+from .covariances import Covariances
+
+# Below this share of the largest eigenvalue the spectrum of an fp32 sum is rounding noise.
+_NOISE = float(torch.finfo(torch.float32).eps)
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """The spectrum of one covariance ``C (d, d)``, read for adapters of rank ``r``.
+
+    Attributes:
+        name: Key of the sharing group.
+        layers: How many linear layers read this input.
+        d: Number of input features.
+        tokens: Calibration tokens summed. Fewer than ``2 d`` leave the null space to chance.
+        null_energy: Sum of the ``r`` smallest eigenvalues over the trace: the share of the activations' energy
+            that an adapter of rank ``r`` sees at best. A random choice of directions sees ``r / d``.
+        gap: Eigenvalue ``r + 1`` over eigenvalue ``r``, ascending; near 1 the cut is arbitrary. Inf where
+            eigenvalue ``r`` is zero.
+        effective_rank: ``exp`` of the entropy of the normalised singular values of the activations, which are
+            the square roots of the eigenvalues (Roy and Vetterli, 2007).
+        condition: Largest over smallest eigenvalue; inf where the smallest is not positive.
+    """
+
+    name: str
+    layers: int
+    d: int
+    tokens: int
+    null_energy: float
+    gap: float
+    effective_rank: float
+    condition: float
+
+
+def spectrum_report(covariances: Covariances, r: int, *, progress: bool = True) -> list[LayerSpectrum]:
+    """Measure every covariance; the full spectrum in float64, one matrix in memory at a time.
+
+    Raises:
+        ValueError: ``r`` is not smaller than some ``d``.
+    """
+    smallest = min(covariances, key=covariances.size)
+    if not 1 <= r < covariances.size(smallest):
+        raise ValueError(
+            f"r is {r}; expected 1 <= r < {covariances.size(smallest)}, the number of input features of {smallest}. "
+            "Pass the rank that the adapters will have."
+        )
+    rows = []
+    for key, C in tqdm(covariances.items(), "spectra", total=len(covariances), unit="matrix", disable=not progress):
+        eigenvalues = torch.linalg.eigvalsh(C.double())
+        positive = eigenvalues.clamp(min=0)
+        rows.append(
+            LayerSpectrum(
+                name=key,
+                layers=len(covariances.groups[key]),
+                d=len(C),
+                tokens=covariances.tokens[key],
+                null_energy=_ratio(float(positive[:r].sum()), float(positive.sum())),
+                gap=_ratio(float(positive[r]), float(positive[r - 1])),
+                effective_rank=effective_rank(positive.sqrt()),
+                condition=_ratio(float(positive[-1]), float(positive[0])),
+            )
+        )
+    return rows
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """Return ``exp(-sum p ln p)``, ``p`` the normalised ``singular_values (n,)``: ``n`` if all are equal, 1 if one."""
+    p = singular_values / singular_values.sum()
+    return float(torch.special.entr(p).sum().exp())
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """The update ``dW = B A`` of one layer, as an adapter file holds it.
+
+    Attributes:
+        name: Name of the linear layer.
+        d: Input features.
+        m: Output features.
+        r: Rank on disk.
+        norm: Frobenius norm of ``dW``, scaling included.
+        row_energy: ``tr(Q^T C Q)`` over the sum of the ``r`` smallest eigenvalues of ``C``, with ``Q (d, r)`` an
+            orthonormal basis of the rows of ``A``: 1 in the null space, more elsewhere. None without covariances.
+        response: ``tr(dW C dW^T) d / (|dW|^2 tr(C))``: how strongly the update answers to the calibration
+            activations, compared with an update in random directions, which has about 1. None without
+            covariances or for a zero update.
+    """
+
+    name: str
+    d: int
+    m: int
+    r: int
+    norm: float
+    row_energy: float | None = None
+    response: float | None = None
+
+
+def adapter_report(
+    path: str | os.PathLike, covariances: Covariances | None = None, *, progress: bool = True
+) -> tuple[dict[str, Any], list[LayerUpdate]]:
+    """Summarise an adapter folder.
+
+    Returns:
+        ``(summary, layers)``; the summary holds the settings that readers of the adapter use.
+
+    Raises:
+        FileNotFoundError: ``path`` is not an adapter folder.
+        ValueError: A file is damaged, or the covariances belong to another model.
+    """
+    folder = Path(path)
+    config = read_json(folder / PEFT_CONFIG)
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
+    factors = read_factors(folder / WEIGHTS)
+    scaling = _plain_scaling(folder, config)
+    rows = []
+    for name, (lora_A, lora_B) in tqdm(factors.items(), "updates", unit="layer", disable=not progress):
+        C = None if covariances is None else _covariance_for(name, lora_A, covariances)
+        rows.append(_measure(name, lora_A.double(), scaling * lora_B.double(), C))
+    summary = {
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "target_modules": config.get("target_modules"),
+        "layers": len(factors),
+        "parameters": sum(a.numel() + b.numel() for a, b in factors.values()),
+        "dtype": str(next(iter(factors.values()))[0].dtype).removeprefix("torch."),
+        "freeze_a": own.get("config", {}).get("freeze_a"),
+        "written_by": f"lora_null {own['version']}" if "version" in own else None,
+    }
+    return summary, rows
+
+
+def row_space_energy(lora_A: Tensor, C: Tensor) -> float:
+    """Return ``tr(Q^T C Q)`` over its minimum, ``Q`` an orthonormal basis of the rows of ``lora_A (r, d)``.
+
+    The minimum over all subspaces of that dimension is the sum of the smallest eigenvalues (Ky Fan). Inf if the
+    minimum is below the rounding of ``C (d, d)`` in float32 and the subspace is not.
+    """
+    Q = _row_basis(lora_A.double())
+    C = C.double()
+    eigenvalues = torch.linalg.eigvalsh(C)
+    least = float(eigenvalues[: Q.shape[1]].clamp(min=0).sum())
+    floor = _NOISE * float(eigenvalues[-1])
+    caught = float((Q * (C @ Q)).sum())
+    return 1.0 if max(caught, least) <= floor else _ratio(caught, least)
+
+
+def rows_as_dicts(rows: list[LayerSpectrum] | list[LayerUpdate]) -> Iterator[dict[str, Any]]:
+    """Return rows as plain values that JSON can hold; infinite ratios become None."""
+    for row in rows:
+        yield {key: None if value == float("inf") else value for key, value in asdict(row).items()}
+
+
+def _row_basis(lora_A: Tensor) -> Tensor:
+    # The export of a trained A stacks [A ; A - A0]: its rows may be dependent, so the rank is found, not assumed.
+    _, singular_values, rows = torch.linalg.svd(lora_A, full_matrices=False)
+    kept = singular_values > singular_values[0] * max(lora_A.shape) * _NOISE
+    return rows[kept].T
+
+
+def _covariance_for(name: str, lora_A: Tensor, covariances: Covariances) -> Tensor:
+    if name not in covariances or covariances.size(name) != lora_A.shape[1]:
+        found = f"d={covariances.size(name)}" if name in covariances else "no entry"
+        raise ValueError(
+            f"The adapter's layer {name} reads d={lora_A.shape[1]} features, but the covariances hold {found} for it. "
+            "They were collected on another model or for fewer target_modules."
+        )
+    return covariances[name].double()
+
+
+def _measure(name: str, lora_A: Tensor, lora_B: Tensor, C: Tensor | None) -> LayerUpdate:
+    (r, d), m = lora_A.shape, lora_B.shape[0]
+    gram_B = lora_B.T @ lora_B
+    norm_squared = max(0.0, float((gram_B * (lora_A @ lora_A.T)).sum()))
+    row_energy = response = None
+    if C is not None:
+        row_energy = row_space_energy(lora_A, C)
+        trace = float(C.trace())
+        if norm_squared > 0 and trace > 0:
+            response = float((gram_B * (lora_A @ C @ lora_A.T)).sum()) * d / (norm_squared * trace)
+    return LayerUpdate(name, d, m, r, norm_squared**0.5, row_energy, response)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else float("inf")
