@@ -37,7 +37,7 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> tupl
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=parse_dtype(dtype) or "auto")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=parse_dtype(dtype) or "auto")
     return loaded.to(choose_device(device)).eval(), tokenizer
 
 
@@ -150,7 +150,8 @@ def _json_text(path: Path, number: int, line: str, field: str | None) -> str:
     if not found:
         has = sorted(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise ValueError(
-            f"{path}, line {number} has {has}; expected an object with a text field {' or '.join(names)}. Name it with --field."
+            f"{path}, line {number} has {has}; expected an object with a text field "
+            f"{' or '.join(names)}. Name it with --field."
         )
     answers = [] if field else [entry[name] for name in ANSWER_FIELDS if isinstance(entry.get(name), str)]
     return "\n".join([entry[found[0]], *answers[:1]]).strip()

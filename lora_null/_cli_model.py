@@ -19,7 +19,12 @@ def calibrate(
     sequence_length: Annotated[int, typer.Option(help="Longer documents are cut.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Documents per forward pass.")] = 16,
     target_modules: Targets = "all-linear",
-    accumulate: Annotated[str, typer.Option(help="How C is summed; see lora_null.calibrate.")] = "fp32",
+    mask: Annotated[str, typer.Option(help="Which tokens count: attention or none.")] = "attention",
+    accumulate: Annotated[str, typer.Option(help="Precision of the sums: fp32 or fp64.")] = "fp32",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File of the sums in progress; an interrupted run goes on from it.")
+    ] = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="One decoder layer at a time.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -43,7 +48,16 @@ def calibrate(
         max_tokens=max_tokens,
         seed=seed,
     )
-    covariances = run(loaded, batches, config, accumulate=accumulate, progress=progress)
+    covariances = run(
+        loaded,
+        batches,
+        config,
+        mask=mask,
+        accumulate=accumulate,
+        checkpoint=checkpoint,
+        low_memory=low_memory,
+        progress=progress,
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     covariances.save(output, overwrite=overwrite)
     typer.echo(f"{output}: {covariances!r}")

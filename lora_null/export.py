@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._adapter_files import OWN_CONFIG, PEFT_CONFIG, WEIGHTS, read_factors, read_json
 from .adapter import _plain_scaling, short_names, write_adapter
@@ -75,7 +75,7 @@ def export_adapter(
     return max(lora_A.shape[0] for lora_A, _ in source.factors.values())
 
 
-def save_merged(model: nn.Module, tokenizer: Any, output: str | os.PathLike, *, overwrite: bool = False) -> None:
+def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Write a model folder that appears whole or not at all.
 
     Raises:

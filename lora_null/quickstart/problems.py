@@ -6,10 +6,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_PEOPLE = ("Amina", "Boris", "Carla", "Deepak", "Elena", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Keiko", "Lars",
-           "Mona", "Nadia", "Omar", "Priya", "Quentin", "Rosa", "Stefan", "Tomoko", "Uma", "Viktor", "Wanda", "Yusuf")  # fmt: skip
-_THINGS = ("apples", "books", "candles", "eggs", "marbles", "notebooks", "oranges", "pencils", "postcards", "seeds",
-           "shells", "stamps", "stickers", "tickets", "tiles", "tomatoes", "toy cars", "walnuts")  # fmt: skip
+_PEOPLE = (
+    "Amina Boris Carla Deepak Elena Farid Grace Hugo Ines Jonas Keiko Lars Mona Nadia Omar Priya "
+    "Quentin Rosa Stefan Tomoko Uma Viktor Wanda Yusuf"
+).split()
+_THINGS = (
+    "apples books candles eggs marbles notebooks oranges pencils postcards seeds shells stamps "
+    "stickers tickets tiles tomatoes walnuts yo-yos"
+).split()
 _BOXES = ("bags", "baskets", "boxes", "crates", "drawers", "jars", "packets", "trays")
 
 
@@ -32,7 +36,7 @@ class Problem:
         return f" {self.solution} The answer is {self.result}."
 
 
-def word_problems(count: int, *, seed: int = 0) -> list[Problem]:
+def word_problems(count: int, *, seed: int | str = 0) -> list[Problem]:
     """Write ``count`` different problems; the same seed gives the same list on every machine."""
     rng = random.Random(f"word problems {seed}")
     problems: dict[str, Problem] = {}
@@ -49,7 +53,8 @@ def _gather(rng: random.Random) -> Problem:
     return Problem(
         f"{person} has {boxes} {box} with {each} {thing} in each and {extra} loose {thing}. "
         f"How many {thing} does {person} have?",
-        f"The {box} hold {boxes} * {each} = {packed} {thing}. With the loose ones that is {packed} + {extra} = {total}.",
+        f"The {box} hold {boxes} * {each} = {packed} {thing}. "
+        f"With the loose ones that is {packed} + {extra} = {total}.",
         total,
     )
 

@@ -5,6 +5,7 @@ Run as a script, by path, so that this package is not imported: the point is tha
 
 import json
 import sys
+from typing import Any
 
 
 def main(model: str, adapter: str, recorded: str, dtype: str, device: str) -> None:
@@ -15,7 +16,8 @@ def main(model: str, adapter: str, recorded: str, dtype: str, device: str) -> No
     from transformers import AutoModelForCausalLM
 
     expected = load_file(recorded)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    base = base.to(device)
     loaded = PeftModel.from_pretrained(base, adapter).eval()
     with torch.inference_mode():
         logits = loaded(input_ids=expected["input_ids"].to(device)).logits.float().cpu()

@@ -86,7 +86,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     from transformers.utils import logging as transformers_logging
 
-    _check_output(settings.output)
+    check_output(settings.output)
     if settings.steps < 1 or settings.batch_size < 1 or not settings.learning_rate > 0:
         raise ValueError(
             f"steps={settings.steps}, batch_size={settings.batch_size}, learning_rate={settings.learning_rate}; "
@@ -203,7 +203,8 @@ def reload_elsewhere(model: nn.Module, base: str, adapter: Path, input_ids: Tens
 def _load(path: str, dtype: torch.dtype, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval()
 
 
 def _plain_lora(model: Any, settings: Settings) -> Any:
@@ -237,7 +238,8 @@ def _train(model: Any, examples: list[Example], settings: Settings) -> None:
     )
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Make the output folder; refuse one that holds something else than an earlier run."""
     if output.exists() and not (output.is_dir() and ((output / RESULTS).exists() or not any(output.iterdir()))):
         raise FileExistsError(
             f"{output} exists and holds no {RESULTS} of an earlier quickstart, so nothing is written there. Choose "
