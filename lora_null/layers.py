@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .projection_groups import ProjectionGroup
 
 
 class LowRankFactor(nn.Module):
@@ -45,6 +46,8 @@ class LoraNullLinear(nn.Linear):
         scaling: The factor ``s``.
         lora_dropout: Dropout probability on the adapter's input while training.
         adapter_enabled: ``False`` gives the pre-trained layer, on a shifted base too.
+        projection_group: The layers that share one projection of their common input, from
+            :func:`lora_null.projection_groups.share_projections`.
     """
 
     lora_A: LowRankFactor
@@ -54,6 +57,7 @@ class LoraNullLinear(nn.Linear):
     scaling: float
     lora_dropout: float
     adapter_enabled: bool
+    projection_group: ProjectionGroup | None = None
 
     @property
     def r(self) -> int:
@@ -73,6 +77,10 @@ class LoraNullLinear(nn.Linear):
         lora_A, lora_B = factors[0].weight, factors[1].weight
         dropout = self.lora_dropout if self.training and self.adapter_enabled else 0.0
         if _base_class(type(self)) is nn.Linear:
+            if self.projection_group is not None and self.adapter_enabled and not dropout:
+                y = self.projection_group.forward(self, x)
+                if y is not None:
+                    return y
             return ops.lora_linear(
                 x, self.weight, lora_A, lora_B, scaling=self.scaling, bias=self.bias, dropout=dropout
             )
@@ -177,8 +185,10 @@ def detach_adapter(layer: LoraNullLinear) -> nn.Linear:
     """Turn the layer back into the class it was made from, without touching its weight."""
     for name in ("lora_A", "lora_B", "initial_A", "initial_B"):
         delattr(layer, name)
-    for name in ("scaling", "lora_dropout", "adapter_enabled"):
-        del layer.__dict__[name]
+    if layer.projection_group is not None:
+        layer.projection_group.size -= 1
+    for name in ("scaling", "lora_dropout", "adapter_enabled", "projection_group"):
+        layer.__dict__.pop(name, None)
     _set_class(layer, _base_class(type(layer)))
     return layer
 

@@ -43,8 +43,9 @@ class Operation:
         self.op = torch.library.custom_op(name, self.body, mutates_args=(), schema=schema)
         self.op.register_fake(fake)
         self.op.register_autograd(gradient or _second_derivative, setup_context=setup)
-        differentiable = gradient is not None and setup is not None and not tensor_lists
-        self.function: Any = _function(name, self.body, setup, gradient) if differentiable else None
+        self.function: Any = None
+        if gradient is not None and setup is not None and not tensor_lists:
+            self.function = _function(name, self.body, setup, gradient)
 
     def __call__(self, *args: Any) -> Any:
         """Run on positional arguments, the first of them a tensor or a list of tensors."""
@@ -65,7 +66,7 @@ def is_observed(first: Tensor | list[Tensor]) -> bool:
     )
 
 
-def _function(name: str, body: Callable, setup: Callable | None, gradient: Callable | None) -> Any:
+def _function(name: str, body: Callable, setup: Callable, gradient: Callable) -> Any:
     def forward(ctx, *args):
         output = body(*args)
         setup(ctx, args, output)
