@@ -25,6 +25,7 @@ from ._weights import fingerprint
 from .config import LoraNullConfig
 from .initialization import AdapterState, get_state, set_state, shift_base
 from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
+from .projection_groups import share_projections
 
 _FORMAT = 1
 
@@ -174,6 +175,7 @@ def load_adapter(
             lora_dropout=config.lora_dropout,
         )
         linear.lora_B.requires_grad_(is_trainable)
+    share_projections(base_model)
     set_state(base_model, AdapterState(config, base, own.get("energies", {})))
     return base_model
 

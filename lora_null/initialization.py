@@ -16,6 +16,7 @@ from .covariances import Covariances
 from .distributed import announcing_failure, divide, gather
 from .factors import factorize
 from .layers import LoraNullLinear, adapter_layers, attach_adapter
+from .projection_groups import share_projections
 from .solver import NullSpace, null_spaces
 from .targets import target_linears
 
@@ -101,6 +102,7 @@ def initialize(
     model.requires_grad_(False)
     for name, linear in linears.items():
         _attach(linear, *start.pop(name), config)
+    share_projections(model)
     set_state(model, AdapterState(config, base_fingerprint, energies))
     return model
 

@@ -84,8 +84,7 @@ class ProjectionGroup:
         if mixing is None:
             return None
         folded_B = _product(lora_B.to(mixing.dtype), mixing)
-        operands = {"scaling": layer.scaling, "bias": layer.bias}
-
+        scaling, bias = layer.scaling, layer.bias
         entry, circumstances = self._entry, _circumstances(x)
         if (
             entry is not None
@@ -97,10 +96,12 @@ class ProjectionGroup:
             entry.served.add(id(layer))
             if len(entry.served) >= self.size:
                 self._entry = None
-            return ops.lora_up_linear(x, layer.weight, entry.projected, folded_B, **operands)
+            return ops.lora_up_linear(x, layer.weight, entry.projected, folded_B, scaling=scaling, bias=bias)
 
         self._entry = None
-        y, P = ops.lora_linear_and_projection(x, layer.weight, self._basis(x.device), folded_B, **operands)
+        y, P = ops.lora_linear_and_projection(
+            x, layer.weight, self._basis(x.device), folded_B, scaling=scaling, bias=bias
+        )
         if self.size > 1:
             self._entry = _Entry(self._watch(x), x._version, circumstances, P, {id(layer)})
         return y

@@ -45,7 +45,7 @@ def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
 def _lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout, seed):
     """Return ``y (..., m)`` and ``S = drop(x) A^T (..., r)``."""
     rows, number = _rows(x), int(seed) if dropout else 0
-    plan = dispatch.plan(rows, weight.shape[0], lora_A.shape[0])
+    plan = dispatch.plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout)
     (S,) = plan.project(rows, (lora_A,), dropout=dropout, seed=number)
     y = plan.forward(rows, weight, S, lora_B, scaling=scaling, bias=bias)
     return _unrows(y, x.shape[:-1]), _unrows(S, x.shape[:-1])
@@ -85,7 +85,7 @@ def _lora_linear_backward(dy, dS, x, weight, lora_A, lora_B, S, seed, d, scaling
     need_x, need_W, need_A, need_B, need_bias = needs
     dy_rows, number = _rows(dy), int(seed) if dropout else 0
     r = S.shape[-1] if need_B else lora_B.shape[1] if need_x or need_A else 0
-    plan = dispatch.plan(dy_rows, dy.shape[-1], r, d=d)
+    plan = dispatch.plan(dy_rows, dy.shape[-1], r, weight=weight, d=d, dropout=dropout)
     S_rows = _rows(S) if need_B else None
     own_dS, dB = plan.backward_dy(dy_rows, S_rows, lora_B, scaling=scaling, need_dS=need_x or need_A, need_dB=need_B)
     if dS is not None and own_dS is not None:
@@ -129,7 +129,7 @@ def _lora_linear_backward_fake(dy, dS, x, weight, lora_A, lora_B, S, seed, d, sc
 def _lora_up_linear(x, weight, projected, lora_B, bias, scaling):
     """Return ``y (..., m)``."""
     rows = _rows(x)
-    plan = dispatch.plan(rows, weight.shape[0], lora_B.shape[1])
+    plan = dispatch.plan(rows, weight.shape[0], lora_B.shape[1], weight=weight)
     y = plan.forward(rows, weight, _rows(projected), lora_B, scaling=scaling, bias=bias)
     return _unrows(y, x.shape[:-1])
 
@@ -201,7 +201,7 @@ def _lora_up_linear_backward_fake(dy, x, weight, projected, lora_B, d, scaling, 
 def _lora_project(x, lora_As, dropout, seed):
     """Return one ``S_i (..., r_i)`` per factor."""
     rows, number = _rows(x), int(seed) if dropout else 0
-    plan = dispatch.plan(rows, 0, sum(lora_A.shape[0] for lora_A in lora_As))
+    plan = dispatch.plan(rows, 0, max(lora_A.shape[0] for lora_A in lora_As), dropout=dropout)
     found = plan.project(rows, tuple(lora_As), dropout=dropout, seed=number)
     return [_unrows(S, x.shape[:-1]) for S in found]
 
@@ -238,7 +238,7 @@ def _lora_project_backward(dSs, x, lora_As, seed, dropout, needs):
         found.append(_unrows(dx, dSs[0].shape[:-1]))
     for dS, need in zip(rows, need_As, strict=True):
         if need:
-            plan = dispatch.plan(dS, 0, dS.shape[1], d=x.shape[-1])
+            plan = dispatch.plan(_rows(x), 0, dS.shape[1], dropout=dropout)
             dA = plan.backward_dA(dS, _rows(x), dropout=dropout, seed=number)
             found.append(dA.to(_factor_dtype(dS.dtype)))
     return found

@@ -7,20 +7,18 @@ Three ways exist:
 ``torch``   :mod:`lora_null.ops.reference`, for tensors that only torch's own operators understand.
 
 The choice between the first two is made per product, because the best way differs between products: a thin product
-is bound by memory and gains from fusion, a square one is bound by how good the large GEMM is. Measured times in
-``linear_times.json`` decide where the architecture has entries (see :mod:`lora_null.ops.measure`); elsewhere the
-defaults below do. ``LORA_NULL_LINEAR_BACKEND=triton|cublas|torch`` overrides both.
+is bound by memory and gains from fusion, a square one is bound by how good the large GEMM is. Times measured by
+``python -m lora_null.ops.tune`` decide where there are any for the architecture; elsewhere the defaults below do.
+``LORA_NULL_LINEAR_BACKEND=triton|cublas|torch`` overrides both.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .._logging import warn_once
+from ..kernels.config import architecture, table
 from . import vendor
 
 PRODUCTS = ("project", "forward", "backward_dy", "backward_dx", "backward_dA")
@@ -36,6 +35,9 @@ PRODUCTS = ("project", "forward", "backward_dy", "backward_dx", "backward_dA")
 # twice and fused code once; every other product is one GEMM, where the vendor's is the safe choice (a fused GEMM
 # that is 8 % slower loses more than the saved passes give back at d = 4096).
 _UNMEASURED = {product: "cublas" for product in PRODUCTS} | {"backward_dy": "triton"}
+
+# Products that apply a dropout mask, which the kernels regenerate and a GEMM has to read.
+_MASKED = ("project", "backward_dx", "backward_dA")
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
@@ -61,7 +63,9 @@ class Plan:
         return "\n".join(f"{name:12s} {self.backends[name]:7s} {self.reasons[name]}" for name in PRODUCTS)
 
 
-def explain(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None) -> str:
+def explain(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None, dropout: float = 0.0
+) -> str:
     """Say which implementation :func:`lora_null.ops.lora_linear` takes for these tensors, and why.
 
     One line per product (projection, forward, the pass over dy, dx, dA), or a single line where the whole call goes
@@ -72,7 +76,8 @@ def explain(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: 
     reason = reason_against(x, weight, lora_A, lora_B, bias)
     if reason is not None:
         return f"torch: {reason}"
-    return str(plan(x.flatten(0, -2), weight.shape[0], lora_A.shape[0]))
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return str(plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout))
 
 
 def requested_backend() -> str:
@@ -127,27 +132,36 @@ def reason_against(x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-def plan(x: Tensor, m: int, r: int, *, d: int | None = None) -> Plan:
+def plan(
+    x: Tensor, m: int, r: int, *, weight: Tensor | None = None, d: int | None = None, dropout: float = 0.0
+) -> Plan:
     """Choose for rows ``x (T, d)``, or for rows ``dy (T, m)`` with ``d`` given."""
     T, columns = x.shape
-    return _plan(_arch(x.device), T, columns if d is None else d, m, r, x.dtype, requested_backend())
+    requested, arch = requested_backend(), architecture(x.device)
+    if requested == "cublas":
+        return _uniform("cublas", "LORA_NULL_LINEAR_BACKEND=cublas")
+    if requested == "auto" and arch == "cpu":
+        return _uniform("cublas", "CPU tensors go to the vendor's GEMM")
+    from ..kernels.lora import supported
+
+    obstacle = supported(x, x if weight is None else weight, rank=r)
+    if obstacle is None:
+        if requested == "triton":
+            return _uniform("triton", "LORA_NULL_LINEAR_BACKEND=triton")
+        return _choose(arch, T, columns if d is None else d, m, r, x.dtype, dropout > 0)
+    if requested == "triton":
+        fall_back("LORA_NULL_LINEAR_BACKEND=triton", obstacle)
+    return _uniform("cublas", obstacle)
 
 
 @lru_cache(maxsize=4096)
-def _plan(arch: str, T: int, d: int, m: int, r: int, dtype: torch.dtype, requested: str) -> Plan:
-    if requested == "cublas":
-        return _uniform("cublas", "LORA_NULL_LINEAR_BACKEND=cublas")
-    obstacle = _obstacle_to_triton(arch, dtype, r, forced=requested == "triton")
-    if obstacle is not None:
-        if requested == "triton":
-            fall_back("LORA_NULL_LINEAR_BACKEND=triton", obstacle)
-        return _uniform("cublas", obstacle)
-    if requested == "triton":
-        return _uniform("triton", "LORA_NULL_LINEAR_BACKEND=triton")
-    backends, reasons = {}, {}
+def _choose(arch: str, T: int, d: int, m: int, r: int, dtype: torch.dtype, dropout: bool) -> Plan:
+    times, backends, reasons = measured_times(arch), {}, {}
     for product in PRODUCTS:
-        entry = nearest(measured_times(), arch, product, dtype, T, d, m, r)
-        if entry is None:
+        entry = nearest(times, product, dtype, T, d, m, r)
+        if dropout and product in _MASKED:
+            backends[product], reasons[product] = "triton", "the vendor's GEMM would need the mask in memory"
+        elif entry is None:
             backends[product], reasons[product] = _UNMEASURED[product], f"default, {arch} is unmeasured"
         else:
             triton, cublas = entry["triton_us"], entry["cublas_us"]
@@ -157,38 +171,30 @@ def _plan(arch: str, T: int, d: int, m: int, r: int, dtype: torch.dtype, request
     return Plan(backends, reasons)
 
 
+@cache
 def _uniform(backend: str, reason: str) -> Plan:
     return Plan({product: backend for product in PRODUCTS}, {product: reason for product in PRODUCTS})
 
 
-def nearest(
-    times: list[dict], arch: str, product: str, dtype: torch.dtype, T: int, d: int, m: int, r: int
-) -> dict | None:
-    """Return the entry of the same architecture, product and dtype whose shape is nearest in log space."""
+def nearest(times: list[dict], product: str, dtype: torch.dtype, T: int, d: int, m: int, r: int) -> dict | None:
+    """Return the entry of the same product and dtype whose shape is nearest in log space.
+
+    An entry holds ``product``, ``dtype`` (``"bfloat16"``), ``T``, ``d``, ``m``, ``r``, and the medians
+    ``triton_us`` and ``cublas_us``.
+    """
+    wanted = {"T": T, "d": d, "m": m, "r": r}
     name = str(dtype).removeprefix("torch.")
-    same = [e for e in times if (e["arch"], e["product"], e["dtype"]) == (arch, product, name)]
+    same = [entry for entry in times if (entry["product"], entry["dtype"]) == (product, name)]
 
     def distance(entry: dict) -> float:
-        wanted = {"T": T, "d": d, "m": m, "r": r}
-        return sum(abs(math.log(max(value, 1) / entry[key])) for key, value in wanted.items())
+        return sum(abs(math.log(max(value, 1) / max(entry[key], 1))) for key, value in wanted.items())
 
     return min(same, key=distance, default=None)
 
 
-@cache
-def measured_times() -> list[dict]:
-    """Return the entries of ``linear_times.json``: arch, product, dtype, T, d, m, r, ``triton_us``, ``cublas_us``."""
-    return json.loads(files(__package__).joinpath("linear_times.json").read_text())["entries"]
-
-
-@cache
-def _arch(device: torch.device) -> str:
-    """Name an architecture: ``sm_90``, ``gfx942``, or the device type where there is no finer name."""
-    if device.type != "cuda":
-        return device.type
-    properties = torch.cuda.get_device_properties(device)
-    name = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
-    return name.split(":")[0] or f"sm_{properties.major}{properties.minor}"
+def measured_times(arch: str) -> list[dict]:
+    """Return what was measured on ``arch``: shipped with the kernels' data, overlaid by the tuning command's."""
+    return table(arch)["dispatch"].get("linear", [])
 
 
 def _namespace(backend: str):
@@ -197,20 +203,3 @@ def _namespace(backend: str):
     from ..kernels import lora
 
     return lora
-
-
-def _obstacle_to_triton(arch: str, dtype: torch.dtype, r: int, forced: bool) -> str | None:
-    if arch == "cpu" and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
-        return "CPU tensors go to the vendor's GEMM"
-    if dtype == torch.float64:
-        return "the kernels have no fp64 version"
-    if not _have_triton():
-        return "triton is not installed"
-    return None
-
-
-@cache
-def _have_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
