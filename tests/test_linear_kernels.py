@@ -10,8 +10,9 @@ import time
 
 import pytest
 import torch
-from lora_null import ops
 from lora_null.kernels import lora
+
+from lora_null import ops
 from lora_null.ops import dispatch, tune
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
