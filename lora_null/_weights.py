@@ -35,6 +35,21 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     return dequantize_module_weight(linear).detach()
 
 
+def require_writable(name: str, linear: nn.Linear, wish: str) -> None:
+    """Refuse a layer whose weight cannot take an update in place, which is what ``wish`` needs."""
+    weight = linear.weight
+    if not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features):
+        problem = f"is quantised ({type(linear).__name__}, {weight.dtype}), so that an update cannot be represented"
+    elif getattr(getattr(linear, "_hf_hook", None), "offload", False):
+        problem = "is offloaded, so that accelerate would load the old weight again at the next forward"
+    else:
+        return
+    raise ValueError(
+        f"{wish} changes base weights, but {name} {problem}. Load the model in floating point and without offload for "
+        "this, or keep the base untouched: freeze_a=True while training, and the saved adapter afterwards."
+    )
+
+
 def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
     """Hash names, shapes and a sample of the values of pre-trained weights, whatever dtype they were loaded in.
 

@@ -21,7 +21,7 @@ from ._adapter_files import (
     tensor_names,
     write_json,
 )
-from ._weights import fingerprint
+from ._weights import fingerprint, require_writable
 from .config import LoraNullConfig
 from .initialization import AdapterState, get_state, set_state, shift_base
 from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
@@ -160,6 +160,9 @@ def load_adapter(
         )
     config = LoraNullConfig.from_dict(own["config"]) if own else _config_of(peft_config)
     shifted = bool(own) and not config.freeze_a and is_trainable
+    if shifted:
+        for name, linear in linears.items():
+            require_writable(name, linear, "Training A on")
     base_model.requires_grad_(False)
     for name, linear in linears.items():
         lora_A, lora_B = (factor.to(linear.weight.device, adapter_dtype) for factor in factors[name])
@@ -188,14 +191,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = _require_layers(model)
     for name, layer in layers.items():
-        if not layer.weight.is_floating_point() or layer.weight.shape != (
-            layer.out_features,
-            layer.in_features,
-        ):
-            raise ValueError(
-                f"{name} is quantised ({layer.weight.dtype}), so an update cannot be added to its weight. Save the "
-                "adapter and merge it into the model loaded in floating point."
-            )
+        require_writable(name, layer, "Merging")
     for layer in layers.values():
         # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
         shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
-
-def _materialise(weight: Tensor | nn.Module) -> Tensor:
-    """Return the whole weight as an ordinary tensor, wherever accelerate or FSDP keep it."""
-    if isinstance(weight, nn.Module):
-        module = weight
-        context = nullcontext()
-        if hasattr(module, "_hf_hook"):
-            from accelerate.utils import align_module_device
-
-            context = align_module_device(module)
-        with context:
-            parameter = module.weight
-            if not isinstance(parameter, Tensor):
-                raise TypeError(f"{type(module).__name__}.weight is {type(parameter).__name__}, not a tensor.")
-            # A copy: accelerate takes the storage back when the context ends.
-            return _materialise(parameter.detach()).clone() if hasattr(module, "_hf_hook") else _materialise(parameter)
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    return weight.detach()
+from ._weights import dense_weight, materialized
 
 
 def factorize(
-    weight: Tensor | nn.Module, basis: Tensor, *, dtype: torch.dtype = torch.float32
+    weight: Tensor | nn.Linear, basis: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Split the part of a weight that reads the null space into balanced factors.
 
@@ -39,8 +19,9 @@ def factorize(
     ``A0`` lie in the span of the basis. Computed in float64 on the basis's device, whatever the input.
 
     Args:
-        weight: ``W (m, d)``, floating point; a sharded ``DTensor`` is gathered. A module with a ``weight`` is
-            taken too, and its weight is fetched if accelerate has offloaded it.
+        weight: ``W (m, d)``, floating point; a sharded ``DTensor`` is gathered. A linear layer is taken
+            too: its weight is fetched if accelerate has offloaded it, dequantised if it is quantised, and the
+            computation runs on its device.
         basis: ``U (d, r)`` with orthonormal columns, as :func:`lora_null.null_space` returns it.
         dtype: Type of the results.
 
@@ -52,10 +33,14 @@ def factorize(
         TypeError: an argument is not a floating-point tensor.
         ValueError: the shapes do not fit, the weight is a placeholder without data, or it is not finite.
     """
-    W = _materialise(weight)
+    if isinstance(weight, nn.Module):
+        with materialized(weight):
+            W = dense_weight(weight)
+            return factorize(W, basis.to(W.device), dtype=dtype)
+    W = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     _check(W, basis)
     U = basis.to(torch.float64)
-    projected = W.to(device=U.device, dtype=torch.float64) @ U  # (m, r)
+    projected = W.detach().to(device=U.device, dtype=torch.float64) @ U  # (m, r)
     if not bool(torch.isfinite(projected).all()):
         raise ValueError(
             "factorize: the projected weight has NaN or infinite entries; expected a finite weight and basis. "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._weights import dense_weight, fingerprint, materialized
+from ._weights import fingerprint, materialized, require_writable
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, divide, gather
@@ -93,10 +93,7 @@ def initialize(
     base_fingerprint = fingerprint(linears)
     start = {}
     for name, linear in tqdm(linears.items(), "factorise", unit="layer", disable=not progress):
-        with materialized(linear):
-            weight = dense_weight(linear)
-            lora_A, lora_B = factorize(weight, spaces[covariances.group_of(name)].basis.to(weight.device))
-        start[name] = lora_A.to(adapter_dtype), lora_B.to(adapter_dtype)
+        start[name] = factorize(linear, spaces[covariances.group_of(name)].basis, dtype=adapter_dtype)
 
     # The model changes from here on, and nothing below can fail on the user's input.
     model.requires_grad_(False)
@@ -194,13 +191,5 @@ def _check(
                 f"r={config.r} is larger than min(d, m) = {min(d, m)} of {name} (d={d} inputs, m={m} outputs). Choose "
                 f"r <= {min(d, m)}, or leave the layer out through target_modules."
             )
-        if not config.freeze_a and not (linear.weight.is_floating_point() and linear.weight.shape == (m, d)):
-            raise ValueError(
-                f"{name} is quantised ({type(linear).__name__}, {linear.weight.dtype}), and freeze_a=False shifts the "
-                "base weight, which a quantised layer cannot represent. Use freeze_a=True."
-            )
-        if not config.freeze_a and getattr(getattr(linear, "_hf_hook", None), "offload", False):
-            raise ValueError(
-                f"{name} is offloaded, and freeze_a=False shifts the base weight, which accelerate would load afresh "
-                "at the next forward. Use freeze_a=True, or place the model without offload."
-            )
+        if not config.freeze_a:
+            require_writable(name, linear, "freeze_a=False")

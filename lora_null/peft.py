@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ._adapter_files import OWN_CONFIG, read_json
 from ._logging import warn_once
 from ._peft_fused import FusedKernels, FusedLoraLinear, use_fused_kernels
-from ._weights import dense_weight, fingerprint, materialized
+from ._weights import fingerprint, require_writable
 from .adapter import own_config, short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
@@ -217,19 +217,14 @@ def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: 
     check_width(name, base, size)
     if r > min(d, m):
         raise ValueError(f"r={r} is larger than min(d, m) = {min(d, m)} of {name}; choose a smaller r for it.")
-    if not freeze_a and not (base.weight.is_floating_point() and base.weight.shape == (m, d)):
-        raise ValueError(
-            f"{name} is quantised ({base.weight.dtype}), and freeze_a=False shifts the base weight, which a quantised "
-            "layer cannot represent. Use freeze_a=True."
-        )
+    if not freeze_a:
+        require_writable(name, base, "freeze_a=False")
 
 
 @torch.no_grad()
 def _initialize_layer(layer: Any, basis: Tensor, adapter_name: str, freeze_a: bool) -> None:
     base = layer.get_base_layer()
-    with materialized(base):
-        weight = dense_weight(base)
-        initial_A, initial_B = factorize(weight, basis.to(weight.device))
+    initial_A, initial_B = factorize(base, basis)
     layer.lora_A[adapter_name].weight.copy_(initial_A)
     if freeze_a:
         layer.lora_B[adapter_name].weight.zero_()

@@ -180,6 +180,90 @@ dist.destroy_process_group()
     assert sum(counts) == len(covariances) and min(counts) > 0
 
 
+class TestOffloadedModel:
+    """Weights that accelerate keeps elsewhere, on meta between forwards."""
+
+    @pytest.fixture
+    def offloaded(self, llama):
+        from accelerate import cpu_offload
+
+        model = cpu_offload(llama(), execution_device="cpu")
+        assert all(linear.weight.is_meta for linear in target_linears(model).values())
+        return model
+
+    def test_frozen_a_trains_and_saves_as_without_offload(self, llama, offloaded, calibrated, token_batches, tmp_path):
+        plain, covariances = calibrated
+        found = lora_null.calibrate(offloaded, token_batches(), progress=False)
+        for model, own in ((plain, covariances), (offloaded, found)):
+            lora_null.initialize(model, own, lora_null.LoraNullConfig(r=R), progress=False)
+            train(model, steps=3)
+        torch.testing.assert_close(offloaded(ids()).logits, plain(ids()).logits)
+        lora_null.save_adapter(offloaded, tmp_path / "adapter")
+        loaded = lora_null.load_adapter(llama(), tmp_path / "adapter")
+        torch.testing.assert_close(loaded(ids()).logits, plain(ids()).logits)
+
+    def test_what_would_be_lost_is_refused(self, offloaded, calibrated):
+        covariances = calibrated[1]
+        with pytest.raises(ValueError, match="is offloaded"):
+            lora_null.initialize(offloaded, covariances, lora_null.LoraNullConfig(r=R, freeze_a=False), progress=False)
+        lora_null.initialize(offloaded, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+        expected = train(offloaded, steps=3)(ids()).logits
+        with pytest.raises(ValueError, match=r"Merging changes base weights, but .* is offloaded"):
+            lora_null.merge(offloaded)
+        assert torch.equal(offloaded(ids()).logits, expected)
+
+
+class TestQuantisedBase:
+    """A base with integer weights, imitated by a linear layer that keeps its weight packed, as bitsandbytes does."""
+
+    class PackedLinear(nn.Linear):
+        def pack(self):
+            self.scale = self.weight.detach().abs().amax() / 127
+            packed = (self.weight.detach() / self.scale).round().to(torch.int8)
+            self.weight = nn.Parameter(packed.flatten()[:, None], requires_grad=False)
+            return self
+
+        def forward(self, x):
+            weight = self.weight.view(self.out_features, self.in_features) * self.scale
+            return nn.functional.linear(x, weight, self.bias)
+
+    def packed(self, llama):
+        model = llama()
+        for linear in target_linears(model).values():
+            linear.__class__ = self.PackedLinear
+            linear.pack()
+        return model
+
+    @pytest.fixture(autouse=True)
+    def dequantise(self, monkeypatch):
+        import peft.utils.integrations as integrations
+
+        def dense(module):
+            return module.weight.view(module.out_features, module.in_features) * module.scale
+
+        monkeypatch.setattr(integrations, "dequantize_module_weight", dense)
+
+    def test_frozen_a_is_an_exact_no_op_and_trains(self, llama, token_batches, tmp_path):
+        model = self.packed(llama)
+        before = model(ids()).logits
+        covariances = lora_null.calibrate(model, token_batches(), progress=False)
+        lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+        assert torch.equal(model(ids()).logits, before)
+        trained = train(model)(ids()).logits
+        assert (trained - before).norm() > 1e-2 * before.norm()
+        lora_null.save_adapter(model, tmp_path / "adapter")
+        loaded = lora_null.load_adapter(self.packed(llama), tmp_path / "adapter")
+        torch.testing.assert_close(loaded(ids()).logits, trained)
+
+    def test_what_it_cannot_represent_is_refused(self, llama, calibrated):
+        covariances, model = calibrated[1], self.packed(llama)
+        with pytest.raises(ValueError, match="is quantised"):
+            lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, freeze_a=False), progress=False)
+        lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+        with pytest.raises(ValueError, match=r"Merging changes base weights, but .* is quantised"):
+            lora_null.merge(model)
+
+
 class TestBadInput:
     def unchanged(self, model, before):
         assert not adapter_layers(model)
