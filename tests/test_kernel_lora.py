@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from lora_null.kernels import lora, runtime
+from lora_null.kernels import config, lora, runtime
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -131,6 +131,27 @@ def test_dropout_is_one_mask_in_forward_and_backward(p, multiprocessors):
     close("dx", dx, truth, c.dy @ c.weight + kept * (c.dS @ c.A))
     dA = lora.backward_dA(c.dS, c.x, **drop)
     close("dA", dA, c.dS.double().t() @ (c.x.double() * kept), c.dS.t() @ dropped)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("T, d, m, r", [(63, 104, 136, 8), (130, 72, 264, 48)])
+def test_linear_through_descriptors(monkeypatch, T, d, m, r, p):
+    if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no TMA")
+    entry = {"TMA": True, "OCCUPANCY": 1, "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_R": 32, "GROUP": 2}
+    monkeypatch.setattr(config, "launch_config", lambda *a, **k: {**entry, "num_warps": 4, "num_stages": 2})
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 3)
+    dtype = torch.float16
+    c = Case(T, d, m, r, dtype)
+    assert all(runtime.aligned(t) for t in (c.x, c.dy, c.weight, c.S))
+    y = lora.forward(c.x, c.weight, c.S, c.B, scaling=0.7, bias=c.bias)
+    x, w, s, b, bias = c.like(torch.float64, "x", "weight", "S", "B", "bias")
+    close("y", y, x @ w.t() + 0.7 * s @ b.t() + bias, (c.x @ c.weight.t() + c.bias) + 0.7 * (c.S @ c.B.half().t()))
+    dx = lora.backward_dx(c.dy, c.weight, c.dS, c.A, dropout=p, seed=11)
+    kept = lora.keep_mask(T, d, dropout=p, seed=11, device=DEVICE) / (1 - p)
+    dy, w, ds, a = c.like(torch.float64, "dy", "weight", "dS", "A")
+    own = c.dy @ c.weight + (kept * (c.dS @ c.A.half())).half()
+    close("dx", dx, dy @ w + kept * (ds @ a), own)
 
 
 @pytest.mark.parametrize("ranks", [(16, 16), (3, 48, 16), (128, 1, 7, 64, 5)], ids=str)

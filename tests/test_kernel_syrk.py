@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
-SMALL = {"GROUP": 2, "MIN_STEPS": 1, "num_warps": 4, "num_stages": 2}
+SMALL = {"ATOMIC": False, "GROUP": 2, "SLICE_STEPS": 1, "num_warps": 4, "num_stages": 2}
 VARIANTS = {
     "square": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL},
     "tall": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL},
     "tma": {
-        "TMA": True, "OCCUPANCY": 1, "WARP_SPECIALIZE": False, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL,
+        "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL, "TMA": True, "OCCUPANCY": 1, "ATOMIC": True,
     },
 }  # fmt: skip
 
@@ -65,7 +65,7 @@ def check(C, start, x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T, d", [(1, 1), (63, 100), (130, 72), (17, 160)], ids=lambda n: str(n))
 @pytest.mark.parametrize("variant", ["square", "tall"])
-@pytest.mark.parametrize("multiprocessors", [1, 4000], ids=["whole", "split"])
+@pytest.mark.parametrize("multiprocessors", [1, 40], ids=["whole", "split"])
 def test_update(monkeypatch, variant, multiprocessors, T, d, dtype):
     use(monkeypatch, variant, multiprocessors)
     x, start = draw(T, d, dtype), draw(d, d, torch.float32, 1)
@@ -78,7 +78,7 @@ def test_update(monkeypatch, variant, multiprocessors, T, d, dtype):
 
 
 @pytest.mark.parametrize("T, d", [(63, 104), (130, 72)], ids=lambda n: str(n))
-@pytest.mark.parametrize("multiprocessors", [3, 4000], ids=["whole", "split"])
+@pytest.mark.parametrize("multiprocessors", [3, 40], ids=["whole", "split"])
 def test_update_through_descriptors(monkeypatch, multiprocessors, T, d):
     if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no TMA")
@@ -98,7 +98,7 @@ def test_shipped_configuration(dtype, T, d):
     check(C, start, x)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 4000], ids=["whole", "split"])
+@pytest.mark.parametrize("multiprocessors", [1, 40], ids=["whole", "split"])
 def test_masked_rows_are_not_read(monkeypatch, multiprocessors):
     use(monkeypatch, "tall", multiprocessors)
     x = draw(100, 72, torch.float32)
@@ -142,7 +142,7 @@ def write_tile_index(out_ptr, n, GROUP: tl.constexpr, RATIO: tl.constexpr):
 
 @pytest.mark.parametrize("GROUP, RATIO", [(1, 1), (3, 1), (8, 2)])
 def test_tiles_cover_the_triangle_exactly_once(GROUP, RATIO):
-    for n in (1, 2, 7, 20):
+    for n in (1, 2, 7, 12):
         tiles = n * (n + 1) // 2 * RATIO
         out = torch.full((tiles, 2), -1, dtype=torch.int32, device=DEVICE)
         write_tile_index[(tiles,)](out, n, GROUP=GROUP, RATIO=RATIO)

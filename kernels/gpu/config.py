@@ -39,43 +39,44 @@ def tuned_path(arch: str) -> Path:
     return Path(base) / "kernels" / f"{arch}.json"
 
 
+def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the entry lists of ``over`` in place of its own, per kernel or operation and size."""
+    sections = {
+        section: {
+            name: {**base[section].get(name, {}), **over.get(section, {}).get(name, {})}
+            for name in {**base[section], **over.get(section, {})}
+        }
+        for section in ("dispatch", "kernels")
+    }
+    return {**base, **over, **sections}
+
+
 @cache
 def shipped(arch: str) -> dict[str, Any]:
     """Return the table that comes with the package for ``arch``.
 
-    An architecture without one gets the table of a relative with no more shared memory (``aliases`` in
-    ``default.json``), any other the default, which fits 64 KiB of shared memory and uses no descriptors.
+    What an architecture's own file leaves out is the default's. One without a file gets that of a relative with
+    no more shared memory (``aliases`` in ``default.json``); any other the default, which fits 64 KiB of shared
+    memory and uses no descriptors.
     """
     default = json.loads((FOLDER / "default.json").read_text())
-    name = default["aliases"].get(arch, arch)
-    path = FOLDER / f"{name}.json"
-    own = json.loads(path.read_text()) if path.exists() else default
-    return {**default, **own, "kernels": {**default["kernels"], **own["kernels"]}}
+    path = FOLDER / f"{default['aliases'].get(arch, arch)}.json"
+    return _overlaid(default, json.loads(path.read_text())) if path.exists() else default
 
 
 @cache
-def _merged(arch: str, tuned: str, stamp: float) -> dict[str, Any]:
-    base = shipped(arch)
-    if not stamp:
-        return base
-    own = json.loads(Path(tuned).read_text())
-    kernels = {
-        name: {**base["kernels"].get(name, {}), **own.get("kernels", {}).get(name, {})}
-        for name in {*base["kernels"], *own.get("kernels", {})}
-    }
-    return {
-        **base,
-        "source": own.get("source", base["source"]),
-        "kernels": kernels,
-        "dispatch": {**base["dispatch"], **own.get("dispatch", {})},
-    }
+def _tuned(arch: str, path: str, stamp: float) -> dict[str, Any]:
+    return _overlaid(shipped(arch), json.loads(Path(path).read_text()))
 
 
 def table(arch: str) -> dict[str, Any]:
     """Return the data of ``arch``: the package's, overlaid with what the tuning command measured here."""
-    tuned = tuned_path(arch)
-    stamp = tuned.stat().st_mtime if tuned.exists() else 0.0
-    return _merged(arch, str(tuned), stamp)
+    path = tuned_path(arch)
+    try:
+        stamp = path.stat().st_mtime
+    except FileNotFoundError:
+        return shipped(arch)
+    return _tuned(arch, str(path), stamp)
 
 
 def matches(entry: dict[str, Any], sizes: dict[str, int]) -> bool:

@@ -123,7 +123,7 @@ def _thin(x: Tensor, factor: Tensor, widths: list[int], scaling: float, dropout:
     c = config.launch_config("project", x.dtype, config.architecture(x.device), T=T, d=K, r=R)
     block_n = min(padded(R), c.pop("BLOCK_N"))
     tiles, steps = cdiv(T, c["BLOCK_T"]) * cdiv(R, block_n), cdiv(K, c["BLOCK_K"])
-    splits = splits_for(tiles, steps, c.pop("MIN_STEPS"), x.device) if len(widths) == 1 else 1
+    splits = splits_for(tiles, steps, c.pop("SLICE_STEPS"), x.device) if len(widths) == 1 else 1
     targets = outputs if splits == 1 else [_empty(x, splits, T, R, dtype=torch.float32)]
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     words = Dropout.of(dropout, seed)
@@ -131,9 +131,9 @@ def _thin(x: Tensor, factor: Tensor, widths: list[int], scaling: float, dropout:
 
     runtime.launch(
         project_kernel, (tiles, splits), x.device,
-        x, factor, *_four(targets), T, K, *_four(ends), x.stride(0), factor.stride(0), factor.stride(1),
+        x, factor, *_four(targets), T, K, splits, *_four(ends), x.stride(0), factor.stride(0), factor.stride(1),
         scaling * words.scale if dropout else scaling, *words[:3],
-        **c, BLOCK_N=block_n, SPLITS=splits, OUTPUTS=len(widths), EVEN_K=K % c["BLOCK_K"] == 0,
+        **c, BLOCK_N=block_n, OUTPUTS=len(widths), EVEN_K=K % c["BLOCK_K"] == 0,
         DROPOUT=dropout > 0, PRECISION=runtime.precision(x),
     )  # fmt: skip
     if splits > 1:
@@ -152,16 +152,16 @@ def _tall(y: Tensor, S: Tensor, scaling: float, *, transposed: bool, dropout: fl
     c = config.launch_config("outer", y.dtype, config.architecture(y.device), T=T, d=N, r=R)
     block_r = min(padded(R), c.pop("BLOCK_R"))
     tiles, steps = cdiv(N, c["BLOCK_N"]) * cdiv(R, block_r), cdiv(T, c["BLOCK_T"])
-    splits = splits_for(tiles, steps, c.pop("MIN_STEPS"), y.device)
+    splits = splits_for(tiles, steps, c.pop("SLICE_STEPS"), y.device)
     target = out if splits == 1 else _empty(y, splits, *shape, dtype=torch.float32)
     words = Dropout.of(dropout, seed)
     from .lora_kernels import outer_kernel
 
     runtime.launch(
         outer_kernel, (tiles, splits), y.device,
-        y, S, target, T, N, R, y.stride(0), S.stride(0), *((1, N) if transposed else (R, 1)),
+        y, S, target, T, N, R, splits, y.stride(0), S.stride(0), *((1, N) if transposed else (R, 1)),
         scaling * words.scale if dropout else scaling, *words[:3],
-        **c, BLOCK_R=block_r, SPLITS=splits, EVEN_N=N % c["BLOCK_N"] == 0, DROPOUT=dropout > 0,
+        **c, BLOCK_R=block_r, EVEN_N=N % c["BLOCK_N"] == 0, DROPOUT=dropout > 0,
         PRECISION=runtime.precision(y),
     )  # fmt: skip
     if splits > 1:
@@ -178,7 +178,7 @@ def _both(dy: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor
         return dS, dB.zero_()
     c = config.launch_config("dy", dy.dtype, config.architecture(dy.device), T=T, m=M, r=R)
     block_r = min(padded(R), c.pop("BLOCK_R"))
-    steps = c.pop("MIN_STEPS")
+    steps = c.pop("SLICE_STEPS")
     tiles_r, tiles_m = cdiv(R, block_r), cdiv(M, c["BLOCK_M"])
     # whole row tiles of both roles; small enough to be found in the L2 cache by the second of them
     unit = max(c["ROWS"], c["BLOCK_T"])
@@ -195,9 +195,9 @@ def _both(dy: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor
 
     runtime.launch(
         dy_kernel, (slabs * programs,), dy.device,
-        dy, S, lora_B, part_dS, part_dB, T, M, R, dy.stride(0), S.stride(0), *lora_B.stride(), scaling, slab,
-        **c, BLOCK_R=block_r, SPLITS_M=splits_m, SPLITS_T=splits_t,
-        EVEN_M=M % max(c["BLOCK_M"], c["BLOCK_K"]) == 0, PRECISION=runtime.precision(dy),
+        dy, S, lora_B, part_dS, part_dB, T, M, R, dy.stride(0), S.stride(0), *lora_B.stride(), scaling,
+        slab, splits_m, splits_t,
+        **c, BLOCK_R=block_r, EVEN_M=M % max(c["BLOCK_M"], c["BLOCK_K"]) == 0, PRECISION=runtime.precision(dy),
     )  # fmt: skip
     if part_dS is not dS:
         runtime.reduce(part_dS, dS)
@@ -216,21 +216,38 @@ def _linear(
     y = _empty(x, T, N)
     if T == 0:
         return y
-    c = config.launch_config("linear", x.dtype, config.architecture(x.device), T=T, d=K, m=N, r=R)
-    block_r = min(padded(R), c.pop("BLOCK_R"))
+    aligned = all(runtime.aligned(t) for t in (x, weight, S, factor))
+    c = config.launch_config(
+        "linear", x.dtype, config.architecture(x.device), tma=aligned and x.itemsize == 2,
+        T=T, d=K, m=N, r=R, aligned=int(aligned), dropout=int(dropout > 0),
+    )  # fmt: skip
+    block_t, block_n, block_k = c["BLOCK_T"], c["BLOCK_N"], c["BLOCK_K"]
+    tiles = cdiv(T, block_t) * cdiv(N, block_n)
     # to the kernel W is (N, K) and the factor (N, R), whichever way they lie in memory
     order = (1, 0) if transposed else (0, 1)
     words = Dropout.of(dropout, seed)
-    from .lora_kernels import linear_kernel
+    scalars = (scaling * words.scale if dropout else scaling, *words[:3])
+    block_r = min(padded(R), c.pop("BLOCK_R"))
+    flags = dict(BLOCK_R=block_r, BIAS=bias is not None, DROPOUT=dropout > 0)
+    from . import lora_kernels
 
-    runtime.launch(
-        linear_kernel, (cdiv(T, c["BLOCK_T"]) * cdiv(N, c["BLOCK_N"]),), x.device,
-        x, weight, S, factor, bias, y, T, N, K, R, x.stride(0), *(weight.stride(i) for i in order),
-        S.stride(0), *(factor.stride(i) for i in order), N,
-        scaling * words.scale if dropout else scaling, *words[:3],
-        **c, BLOCK_R=block_r, EVEN_N=N % c["BLOCK_N"] == 0, EVEN_K=K % c["BLOCK_K"] == 0,
-        BIAS=bias is not None, DROPOUT=dropout > 0, PRECISION=runtime.precision(x),
-    )  # fmt: skip
+    if c.pop("TMA", False):
+        programs = min(tiles, runtime.multiprocessors(x.device) * c.pop("OCCUPANCY"))
+        lefts = [runtime.descriptor(t, block_t, k) for t, k in ((x, block_k), (S, block_r))]
+        sides = [(block_n, k)[:: -1 if transposed else 1] for k in (block_k, block_r)]
+        rights = [runtime.descriptor(t, *side) for t, side in zip((weight, factor), sides, strict=True)]
+        runtime.launch(
+            lora_kernels.linear_tma_kernel, (programs,), x.device,
+            lefts[0], rights[0], lefts[1], rights[1], bias, y, T, N, K, R, N, *scalars,
+            **c, **flags, TRANSPOSED=transposed,
+        )  # fmt: skip
+    else:
+        runtime.launch(
+            lora_kernels.linear_kernel, (tiles,), x.device,
+            x, weight, S, factor, bias, y, T, N, K, R, x.stride(0), *(weight.stride(i) for i in order),
+            S.stride(0), *(factor.stride(i) for i in order), N, *scalars,
+            **c, **flags, EVEN_N=N % block_n == 0, EVEN_K=K % block_k == 0, PRECISION=runtime.precision(x),
+        )  # fmt: skip
     return y
 
 

@@ -10,22 +10,22 @@ import triton.language as tl
 from .tiles import grouped, kept, store_tile, tall_tile, thin_tile
 
 
-@triton.jit(do_not_specialize=["T", "key0", "key1", "threshold"])
+@triton.jit(do_not_specialize=["T", "splits", "key0", "key1", "threshold"])
 def project_kernel(
-    x_ptr, a_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, T, K, end0, end1, end2, end3,
+    x_ptr, a_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, T, K, splits, end0, end1, end2, end3,
     stride_xt, stride_an, stride_ak, scaling, key0, key1, threshold,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OUTPUTS: tl.constexpr, EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out_i (T, r_i) = scaling * drop(X) A_i^T`` for up to four A's stacked in one ``(R, K)`` matrix.
 
-    Output i takes the columns from the end of its predecessor to ``end_i``. With SPLITS > 1 (one output, fp32,
-    ``(SPLITS, T, R)``) program axis 1 cuts K and `reduce_kernel` adds the slices.
+    Output i takes the columns from the end of its predecessor to ``end_i``. With splits > 1 (one output, fp32,
+    ``(splits, T, R)``) program axis 1 cuts K and `reduce_kernel` adds the slices.
     """
     t0 = tl.program_id(0) // tl.cdiv(end3, BLOCK_N) * BLOCK_T
     n0 = tl.program_id(0) % tl.cdiv(end3, BLOCK_N) * BLOCK_N
     split = tl.program_id(1)
-    chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
     acc = thin_tile(
         x_ptr, a_ptr, t0, n0, split * chunk, tl.minimum((split + 1) * chunk, K), T, end3, K,
         stride_xt, stride_an, stride_ak, key0, key1, threshold,
@@ -100,6 +100,49 @@ def linear_kernel(
     store_tile(y_ptr, acc, t0, n0, T, N, stride_yt, 1, BLOCK_T, BLOCK_N)
 
 
+@triton.jit(do_not_specialize=["T", "key0", "key1", "threshold"])
+def linear_tma_kernel(
+    x_desc, w_desc, s_desc, b_desc, bias_ptr, y_ptr, T, N, K, R, stride_yt, scaling, key0, key1, threshold,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """`linear_kernel` through tensor descriptors, for 16-bit operands; persistent.
+
+    Blocks: x_desc ``[BLOCK_T, BLOCK_K]`` and s_desc ``[BLOCK_T, BLOCK_R]``; of the weight and the factor
+    ``[BLOCK_N, BLOCK_K]`` and ``[BLOCK_N, BLOCK_R]``, or with the sides swapped if they are stored TRANSPOSED.
+    Outside their matrix they return zeros.
+    """
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, tl.num_programs(0)):
+        tile_t, tile_n = grouped(tile, tiles_t, tiles_n, GROUP)
+        t0 = tile_t * BLOCK_T
+        n0 = tile_n * BLOCK_N
+        columns = n0 + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+        acc = descriptor_product(s_desc, b_desc, acc, t0, n0, R, BLOCK_R, TRANSPOSED)
+        acc = acc * tl.cast(scaling, tl.float32)
+        if DROPOUT:
+            acc = tl.where(kept(t0 + tl.arange(0, BLOCK_T), columns, key0, key1, threshold), acc, 0.0)
+        acc = descriptor_product(x_desc, w_desc, acc, t0, n0, K, BLOCK_K, TRANSPOSED)
+        if BIAS:
+            acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        store_tile(y_ptr, acc, t0, n0, T, N, stride_yt, 1, BLOCK_T, BLOCK_N)
+
+
+@triton.jit
+def descriptor_product(left_desc, right_desc, acc, t0, n0, K, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Return ``acc + L R^T`` of the tile at ``(t0, n0)``, or ``acc + L R`` if R is stored TRANSPOSED."""
+    for start in range(0, K, BLOCK_K):
+        left = left_desc.load([t0, start])
+        if TRANSPOSED:
+            right = right_desc.load([start, n0])
+        else:
+            right = right_desc.load([n0, start]).T
+        acc = tl.dot(left, right, acc, out_dtype=tl.float32)
+    return acc
+
+
 @triton.jit
 def low_rank_tile(
     s_ptr, b_ptr, t0, n0, rows, columns, N, R, stride_st, stride_bn, stride_br, scaling,
@@ -130,19 +173,19 @@ def low_rank_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "key0", "key1", "threshold"])
+@triton.jit(do_not_specialize=["T", "splits", "key0", "key1", "threshold"])
 def outer_kernel(
-    y_ptr, s_ptr, out_ptr, T, N, R, stride_yt, stride_st, stride_on, stride_or, scaling,
+    y_ptr, s_ptr, out_ptr, T, N, R, splits, stride_yt, stride_st, stride_on, stride_or, scaling,
     key0, key1, threshold,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out (SPLITS, N, R) = scaling * drop(Y)^T S`` over SPLITS parts of the tokens, fp32."""
+    """``out (splits, N, R) = scaling * drop(Y)^T S`` over splits parts of the tokens, fp32."""
     tiles_r = tl.cdiv(R, BLOCK_R)
     n0 = tl.program_id(0) // tiles_r * BLOCK_N
     r0 = tl.program_id(0) % tiles_r * BLOCK_R
     split = tl.program_id(1)
-    chunk = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
+    chunk = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
     acc = tall_tile(
         y_ptr, s_ptr, n0, r0, split * chunk, tl.minimum((split + 1) * chunk, T), N, R,
         stride_yt, stride_st, key0, key1, threshold,
@@ -153,12 +196,12 @@ def outer_kernel(
     store_tile(slice_ptr, acc, n0, r0, N, R, stride_on, stride_or, BLOCK_N, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "slab", "splits_m", "splits_t"])
 def dy_kernel(
     dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, T, M, R, stride_dyt, stride_st, stride_bm, stride_br, scaling,
-    slab,
+    slab, splits_m, splits_t,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLITS_M: tl.constexpr, SPLITS_T: tl.constexpr, EVEN_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dS = scaling * dy B`` and ``dB = scaling * dy^T S`` while dy crosses the DRAM bus once.
@@ -167,20 +210,20 @@ def dy_kernel(
     pieces from a common tile costs ``4 r / BLOCK_M`` passes over dy. Instead the programs of a slab of tokens,
     small enough for the L2 cache, are numbered one after the other: first those of dS, ``[ROWS, BLOCK_R]`` in
     steps of BLOCK_K, then those of dB, ``[BLOCK_M, BLOCK_R]`` in steps of BLOCK_T, which find dy in the cache.
-    ds is ``(SPLITS_M, T, R)``, db ``(slabs * SPLITS_T, M, R)``; ``slab`` rows are a multiple of ROWS and of
-    ``SPLITS_T * BLOCK_T``.
+    ds is ``(splits_m, T, R)``, db ``(slabs * splits_t, M, R)``; ``slab`` rows are a multiple of ROWS and of
+    ``splits_t * BLOCK_T``.
     """
     tiles_r = tl.cdiv(R, BLOCK_R)
-    programs_ds = slab // ROWS * tiles_r * SPLITS_M
-    programs_db = tl.cdiv(M, BLOCK_M) * tiles_r * SPLITS_T
+    programs_ds = slab // ROWS * tiles_r * splits_m
+    programs_db = tl.cdiv(M, BLOCK_M) * tiles_r * splits_t
     which = tl.program_id(0) // (programs_ds + programs_db)
     index = tl.program_id(0) % (programs_ds + programs_db)
     scale = tl.cast(scaling, tl.float32)
     if index < programs_ds:
         r0 = index % tiles_r * BLOCK_R
-        split = index // tiles_r % SPLITS_M
-        t0 = which * slab + index // (tiles_r * SPLITS_M) * ROWS
-        chunk = tl.cdiv(tl.cdiv(M, BLOCK_K), SPLITS_M) * BLOCK_K
+        split = index // tiles_r % splits_m
+        t0 = which * slab + index // (tiles_r * splits_m) * ROWS
+        chunk = tl.cdiv(tl.cdiv(M, BLOCK_K), splits_m) * BLOCK_K
         if t0 < T:
             acc = thin_tile(
                 dy_ptr, b_ptr, t0, r0, split * chunk, tl.minimum((split + 1) * chunk, M), T, R, M,
@@ -192,13 +235,13 @@ def dy_kernel(
     else:
         index -= programs_ds
         r0 = index % tiles_r * BLOCK_R
-        split = index // tiles_r % SPLITS_T
-        m0 = index // (tiles_r * SPLITS_T) * BLOCK_M
-        begin = which * slab + split * (slab // SPLITS_T)
-        end = tl.minimum(begin + slab // SPLITS_T, T)
+        split = index // tiles_r % splits_t
+        m0 = index // (tiles_r * splits_t) * BLOCK_M
+        begin = which * slab + split * (slab // splits_t)
+        end = tl.minimum(begin + slab // splits_t, T)
         acc = tall_tile(
             dy_ptr, s_ptr, m0, r0, begin, end, M, R, stride_dyt, stride_st, 0, 0, 0,
             BLOCK_T, BLOCK_M, BLOCK_R, EVEN_M, False, PRECISION,
         )  # fmt: skip
-        slice_ptr = db_ptr + (which * SPLITS_T + split).to(tl.int64) * M * R
+        slice_ptr = db_ptr + (which * splits_t + split).to(tl.int64) * M * R
         store_tile(slice_ptr, acc * scale, m0, r0, M, R, R, 1, BLOCK_M, BLOCK_R)

@@ -47,11 +47,14 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
 
 def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     T, d = x.shape
-    tma = x.itemsize == 2 and mask is None and runtime.aligned(x)
-    c = config.launch_config("syrk", x.dtype, config.architecture(x.device), tma=tma, T=T, d=d)
+    aligned = runtime.aligned(x)
+    tma = aligned and x.itemsize == 2 and mask is None
+    arch = config.architecture(x.device)
+    c = config.launch_config("syrk", x.dtype, arch, tma=tma, T=T, d=d, aligned=int(aligned))
     n = cdiv(d, c["BLOCK_M"])
     tiles = n * (n + 1) // 2 * (c["BLOCK_M"] // c["BLOCK_N"])
-    splits = runtime.splits_for(tiles, cdiv(T, c["BLOCK_T"]), c.pop("MIN_STEPS"), x.device)
+    occupancy = c.pop("OCCUPANCY", 1)
+    splits = runtime.splits_for(tiles, cdiv(T, c["BLOCK_T"]), c.pop("SLICE_STEPS"), x.device, occupancy)
     part = C
     if splits > 1:
         shape = (splits, tiles, c["BLOCK_M"], c["BLOCK_N"])
@@ -61,20 +64,20 @@ def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     if c.pop("TMA", False):
         left = runtime.descriptor(x, c["BLOCK_T"], c["BLOCK_M"])
         right = runtime.descriptor(x, c["BLOCK_T"], c["BLOCK_N"])
-        programs = min(tiles * splits, runtime.multiprocessors(x.device) * c.pop("OCCUPANCY"))
+        programs = min(tiles * splits, runtime.multiprocessors(x.device) * occupancy)
         runtime.launch(
             syrk_kernels.syrk_tma_kernel, (programs,), x.device,
-            left, right, C, part, T, d, tiles, C.stride(0), **c, SPLITS=splits,
+            left, right, C, part, T, d, tiles, splits, C.stride(0), **c, DIRECT=splits == 1,
         )  # fmt: skip
     else:
         runtime.launch(
             syrk_kernels.syrk_kernel, (tiles, splits), x.device,
-            x, mask, C, part, T, d, tiles, x.stride(0), C.stride(0), **c,
-            SPLITS=splits, EVEN_D=d % c["BLOCK_M"] == 0, MASK=mask is not None, PRECISION="ieee",
+            x, mask, C, part, T, d, tiles, splits, x.stride(0), C.stride(0), **c,
+            DIRECT=splits == 1, EVEN_D=d % c["BLOCK_M"] == 0, MASK=mask is not None, PRECISION="ieee",
         )  # fmt: skip
     if splits > 1:
         runtime.launch(
-            syrk_kernels.syrk_reduce_kernel, (tiles, c["BLOCK_M"] // 16), x.device,
-            part, C, d, tiles, C.stride(0),
-            BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], GROUP=c["GROUP"], SPLITS=splits, ROWS=16,
+            syrk_kernels.syrk_reduce_kernel, (tiles, c["BLOCK_M"] // 32), x.device,
+            part, C, d, tiles, splits, C.stride(0),
+            BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], GROUP=c["GROUP"], ROWS=32,
         )  # fmt: skip

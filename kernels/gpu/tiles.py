@@ -83,19 +83,20 @@ def tall_tile(
     t = tl.arange(0, BLOCK_T)
     columns = n0 + tl.arange(0, BLOCK_N)
     ranks = r0 + tl.arange(0, BLOCK_R)
-    y_ptrs = y_ptr + t_begin.to(tl.int64) * stride_yt + (t[:, None] * stride_yt + columns[None, :])
+    # Y is read transposed: a tl.trans between load and dot keeps the load out of the pipeline on sm_80
+    y_ptrs = y_ptr + t_begin.to(tl.int64) * stride_yt + (t[None, :] * stride_yt + columns[:, None])
     s_ptrs = s_ptr + t_begin.to(tl.int64) * stride_st + (t[:, None] * stride_st + ranks[None, :])
     acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for start in range(t_begin, t_end, BLOCK_T):
-        inside = (start + t < t_end)[:, None]
+        inside = start + t < t_end
         if EVEN_N:
-            y = tl.load(y_ptrs, mask=inside, other=0.0)
+            y = tl.load(y_ptrs, mask=inside[None, :], other=0.0)
         else:
-            y = tl.load(y_ptrs, mask=inside & (columns[None, :] < N), other=0.0)
-        s = tl.load(s_ptrs, mask=inside & (ranks[None, :] < R), other=0.0)
+            y = tl.load(y_ptrs, mask=inside[None, :] & (columns[:, None] < N), other=0.0)
+        s = tl.load(s_ptrs, mask=inside[:, None] & (ranks[None, :] < R), other=0.0)
         if DROPOUT:
-            y = tl.where(kept(start + t, columns, key0, key1, threshold), y, 0.0)
-        acc = tl.dot(tl.trans(y), s, acc, input_precision=PRECISION, out_dtype=tl.float32)
+            y = tl.where(tl.trans(kept(start + t, columns, key0, key1, threshold)), y, 0.0)
+        acc = tl.dot(y, s, acc, input_precision=PRECISION, out_dtype=tl.float32)
         y_ptrs += BLOCK_T * stride_yt
         s_ptrs += BLOCK_T * stride_st
     return acc
@@ -112,15 +113,15 @@ def store_tile(out_ptr, acc, t0, n0, T, N, stride_t, stride_n, BLOCK_T: tl.const
     tl.store(ptrs + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
-def reduce_kernel(part_ptr, out_ptr, size, SLICES: tl.constexpr, BLOCK: tl.constexpr):
-    """``out = sum of SLICES slices of part`` in their order; part ``(SLICES, size)`` fp32, out ``(size,)``.
+@triton.jit(do_not_specialize=["size", "slices"])
+def reduce_kernel(part_ptr, out_ptr, size, slices, BLOCK: tl.constexpr):
+    """``out = part[0] + part[1] + ...`` in this order; part ``(slices, size)`` fp32, out ``(size,)``.
 
     The second stage of every split sum: no atomics, so the same call gives the same bits.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for slice in range(SLICES):
+    for slice in range(slices):
         total += tl.load(part_ptr + slice * size.to(tl.int64) + at, mask=inside, other=0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)

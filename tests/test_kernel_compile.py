@@ -1,0 +1,112 @@
+"""Compile every configuration that ships for every architecture, without a GPU, and read the result.
+
+No register spilled, no more shared memory than a block of that architecture has, wgmma in the sm_90 code, and
+cp.async.bulk.tensor where a configuration promises descriptors.
+"""
+
+import os
+
+import pytest
+import torch
+from lora_null.kernels import config, lora, runtime, syrk
+
+pytest.importorskip("triton")
+from triton_tools import SHARED_MEMORY, compile_for, intercepted, resources
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+
+
+def empty(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear_calls(dtype, T, d, m, r, dropout):
+    x, dy, weight = (empty(*s, dtype=dtype) for s in ((T, d), (T, m), (m, d)))
+    S, A, B, bias = (empty(*s, dtype=dtype) for s in ((T, r), (r, d), (m, r), (m,)))
+    lora.forward(x, weight, S, B, scaling=0.5, bias=bias)
+    lora.backward_dx(dy, weight, S, A, dropout=dropout)
+
+
+def calls(dtype, T, d, m, r, dropout):
+    """Call every launcher, as one layer's forward, backward and calibration would."""
+    linear_calls(dtype, T, d, m, r, dropout)
+    x, S, A, B = (empty(*s, dtype=dtype) for s in ((T, d), (T, r), (r, d), (m, r)))
+    lora.project(x, (A,) if dropout else (A, A, A), dropout=dropout)
+    lora.backward_dA(S, x, dropout=dropout)
+    syrk.covariance_update(empty(d, d, dtype=torch.float32), x, empty(T, dtype=torch.bool) if dropout else None)
+    if not dropout:
+        lora.backward_dy(empty(T, m, dtype=dtype), S, B, scaling=0.5)
+
+
+def launches(monkeypatch, arch, dtype):
+    """Return every distinct launch of representative layers and the table entries that they used."""
+    used = []
+    chosen = config._first
+
+    def first(entries, sizes):
+        used.append(chosen(entries, sizes))
+        return used[-1]
+
+    monkeypatch.setattr(config, "_first", first)
+    with intercepted(monkeypatch, arch) as recorded:
+        if dtype == torch.bfloat16:
+            calls(dtype, 8192, 8192, 8192, 128, 0.0)
+            calls(dtype, 512, 1024, 512, 16, 0.1)
+            syrk.covariance_update(empty(2048, 2048, dtype=torch.float32), empty(8192, 2048, dtype=dtype))
+            # rows that are no multiple of 16 bytes
+            linear_calls(dtype, 8192, 4100, 1020, 12, 0.1)
+            syrk.covariance_update(empty(4100, 4100, dtype=torch.float32), empty(8192, 4100, dtype=dtype))
+        else:
+            calls(dtype, 8192, 4096, 4096, 64, 0.0)
+            monkeypatch.setattr(runtime, "precision", lambda x: "tf32")
+            linear_calls(dtype, 512, 1024, 512, 16, 0.1)
+    return {launch.key(): launch for launch in recorded}, used
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["16-bit", "32-bit"])
+@pytest.mark.parametrize("arch", list(SHARED_MEMORY))
+def test_shipped_configurations(monkeypatch, arch, dtype):
+    if dtype == torch.float32 and arch in ("sm_89", "sm_100"):
+        pytest.skip("the 32-bit tables are common to all; sm_80 and sm_90 stand for them")
+    distinct, used = launches(monkeypatch, arch, dtype)
+    bits = "16" if dtype == torch.bfloat16 else "32"
+    for kernel, sizes in config.shipped(arch)["kernels"].items():
+        for entry in sizes[bits]:
+            assert entry in used, f"{arch}: no call of this test uses {kernel} {entry}; add one"
+    limit = config.shipped(arch)["shared_memory"]
+    assert limit == SHARED_MEMORY[arch]
+    complaints = []
+    for launch in distinct.values():
+        compiled = compile_for(launch, arch)
+        found = resources(compiled)
+        name = f"{launch.kernel.fn.__name__} {launch.options}"
+        if found["stack"]:
+            complaints.append(f"{name} spills: {found}")
+        if found["shared"] > limit:
+            complaints.append(f"{name} needs {found['shared']} bytes of shared memory, {arch} has {limit}")
+        ptx = compiled.asm["ptx"]
+        if arch == "sm_90" and bits == "16" and "reduce" not in name and "wgmma" not in ptx:
+            complaints.append(f"{name} has no wgmma")
+        if "tma" in launch.kernel.fn.__name__ and "cp.async.bulk.tensor" not in ptx:
+            complaints.append(f"{name} has no bulk tensor copy")
+    assert not complaints, "\n".join(complaints)
+
+
+def test_addresses_are_64_bit(monkeypatch):
+    """A matrix of more than 2^31 elements is reached through 64-bit products of tile index and row stride."""
+    with intercepted(monkeypatch, "sm_80") as recorded:
+        x = empty(1 << 20, 28672, dtype=torch.bfloat16)
+        syrk.covariance_update(empty(28672, 28672, dtype=torch.float32), x)
+    assert "arith.muli" in (ttir := compile_for(recorded[0], "sm_80").asm["ttir"])
+    assert "i64" in ttir and "arith.extsi" in ttir
+
+
+def test_amd_target_compiles(monkeypatch):
+    from triton.backends import backends
+
+    if "amd" not in backends:
+        pytest.skip("this Triton has no AMD back end")
+    with intercepted(monkeypatch, "default") as recorded:
+        calls(torch.bfloat16, 512, 1024, 512, 16, 0.0)
+    for launch in {launch.key(): launch for launch in recorded}.values():
+        assert compile_for(launch, "gfx942").asm["amdgcn"]
