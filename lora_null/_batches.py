@@ -49,7 +49,13 @@ class BatchReader:
         if mask_rule not in MASK_RULES:
             raise ValueError(f"mask is {mask_rule!r}; expected one of {MASK_RULES}.")
         self.mask_rule = mask_rule
-        self.parameters = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        kinds = {parameter.kind for parameter in parameters.values()}
+        self.parameters = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        # wrappers take (*args, **kwargs) and pass them on
+        self.takes_anything = not self.parameters and inspect.Parameter.VAR_KEYWORD in kinds
+        if self.takes_anything:
+            self.parameters = ["input_ids", "attention_mask"]
         config = getattr(model, "config", None)
         self.is_hf = hasattr(config, "to_dict")
         self.keeps_labels = bool(getattr(config, "is_encoder_decoder", False))
@@ -105,7 +111,7 @@ class BatchReader:
     def _inputs(self, item: Any, index: int) -> dict[str, Any]:
         if isinstance(item, Mapping):
             inputs = {str(key): _tensor(value) for key, value in item.items()}
-            if self.is_hf:
+            if self.is_hf and not self.takes_anything:
                 # Columns that the model does not read (texts, ids of documents) are dropped, as the Trainer does.
                 inputs = {key: value for key, value in inputs.items() if key in self.parameters or key == "labels"}
         elif isinstance(item, list | tuple) and item and all(isinstance(value, Tensor) for value in item):
@@ -118,7 +124,7 @@ class BatchReader:
                     "input_ids, or a tuple of tensors in the order of the model's arguments. Texts have to be "
                     'tokenized first: tokenizer(texts, return_tensors="pt", padding=True).'
                 )
-            inputs = {next(iter(self.parameters)): value}
+            inputs = {self.parameters[0]: value}
         for key in ("input_ids", "attention_mask", "labels"):
             if isinstance(inputs.get(key), Tensor) and inputs[key].dim() == 1:
                 inputs[key] = inputs[key][None]

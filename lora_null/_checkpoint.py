@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -150,7 +151,7 @@ class Checkpoint:
             ) from error
         try:
             # What a killed process left of an unfinished write.
-            for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            for leftover in self.path.parent.glob(f".{escape(self.path.name)}*.tmp"):
                 leftover.unlink(missing_ok=True)
             yield
         finally:

@@ -84,7 +84,7 @@ class Collector:
     def forget(self) -> None:
         """Drop all sums and groups, to start on other layers."""
         self.shared = SharedInputs(self.shared.share)
-        self.accumulator = Accumulator(self.accumulator.placement)
+        self.accumulator.sums.clear()
 
     def _check_alignment(self, name: str, x: Tensor) -> None:
         mask = self._selection.mask

@@ -27,8 +27,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: nn.Module) -> torch.device | None:
-    """Return where the model wants its inputs, or ``None`` if it moves them itself (accelerate's device_map)."""
-    if getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook"):
-        return None
-    tensor = next(model.parameters(), None)
-    return None if tensor is None or tensor.is_meta else tensor.device
+    """Return where the model wants its token ids, or ``None`` if its weights are offloaded and hooks move them."""
+    try:
+        first = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError):
+        first = next(model.parameters(), None)
+    return None if not isinstance(first, torch.Tensor) or first.is_meta else first.device

@@ -40,8 +40,8 @@ class Job:
 
     @contextmanager
     def bar(self, total: int | None, initial: int = 0, unit: str = "batch") -> Iterator[Callable[[int], None]]:
-        """Show progress on a terminal, on the first process; yields ``advance(tokens)``."""
-        silent = None if self.progress and rank_and_size()[0] == 0 else True
+        """Show progress, on the first process only; yields ``advance(tokens)``."""
+        silent = not self.progress or rank_and_size()[0] > 0
         start, tokens = time.perf_counter(), 0
         with tqdm(total=total, initial=initial, desc="calibrate", unit=unit, disable=silent) as bar:
 

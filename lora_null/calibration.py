@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._accumulate import ACCUMULATORS, Placement
-from ._batches import Batch, BatchReader, DataFingerprint, iterate, probe, to_device
-from ._checkpoint import Checkpoint, digest_of, weights_key
-from ._collect import Collector, combined
-from ._layerwise import LayerWalk, decoder_layers, split_by_layer
+from ._batches import BatchReader, iterate, probe, to_device
+from ._collect import Collector
 from ._logging import logger
-from ._memory_plan import MemoryPlan, Observation, observe, plan_layerwise, plan_streaming, unobserved
+from ._memory_plan import MemoryPlan, observe, plan_streaming
 from ._modes import evaluating, input_device
-from ._observe import watching
-from ._passes import Job, run_callback, stream, walk
-from ._storage import PackedMemory
+from ._passes import Job
+from ._runs import Settings, plan_walk, run_function, run_layerwise, run_streaming, wants_queue
+from ._weights import fingerprint
 from .config import LoraNullConfig
 from .covariances import Covariances
-from .distributed import announcing_failure, exchange, is_shared_out, rank_and_size, share_of
+from .distributed import announcing_failure, is_shared_out, share_of
 from .targets import output_head_names, target_linears
 
 
@@ -71,7 +67,8 @@ def calibrate(
         checkpoint: File for the sums in progress. If it exists the run continues from it, to the same bits as if it
             had not been interrupted; a finished one is returned at once. With ``low_memory``, one file
             per layer, ``<checkpoint>.<layer>``; with several processes, one per process.
-        checkpoint_every: Write it after so many batches.
+        checkpoint_every: Write it after so many batches. Queues are emptied then, with or without a checkpoint, so that
+            neither it nor an interruption changes a bit of the result.
         device: Where the sums are formed and kept; the default is the device of each layer's input. With
             ``low_memory`` also where each decoder layer runs, so that a model in CPU memory can be larger than it.
         offload: ``"cpu"`` keeps the sums (with ``low_memory`` the hidden states) in CPU memory. Without
@@ -89,7 +86,7 @@ def calibrate(
         shard: Several processes only. ``True``: all are given the same batches and each takes its share;
             ``False``: each is given its own; the default is ``False`` for a DataLoader with a DistributedSampler
             and ``True`` otherwise.
-        progress: Show a progress bar with tokens per second, on a terminal.
+        progress: Show a progress bar with tokens per second.
 
     Returns:
         The sums, as ``float32`` or ``float64`` matrices where they were kept.
@@ -116,6 +113,7 @@ def calibrate(
         "checkpoint_every": str(checkpoint_every),
         "low_memory": str(low_memory),
     }
+    settings = Settings(None if checkpoint is None else Path(checkpoint), offload, memory_limit, options)
     with evaluating(model), announcing_failure():
         if callable(batches) and not isinstance(batches, Iterable):
             if low_memory or checkpoint is not None:
@@ -123,21 +121,15 @@ def calibrate(
                     "low_memory and checkpoint need the batches themselves, but batches is a function that runs the "
                     "model. Pass a list, DataLoader or iterator of batches."
                 )
-            matrices: Mapping[str, Tensor]
-            _log_plan(plan_streaming(unobserved(linears), placement), memory_limit)
-            with watching(linears, collector.receive):
-                run_callback(job, batches)
-            matrices, groups, tokens = combined(collector)
-            data = "callback"
+            sums = run_function(job, batches, memory_limit)
         else:
             source = iterate(batches, queue_tokens)
             total = len(source) if isinstance(source, Sized) else None
             if shard if shard is not None else not is_shared_out(batches):
                 source, total = share_of(source), None if total is None else len(list(share_of(range(total))))
-            path = None if checkpoint is None else Path(checkpoint)
-            run = _layerwise if low_memory else _streaming
-            matrices, groups, tokens, data = run(job, source, total, path, options, offload, memory_limit)
-    result = Covariances(matrices, groups, tokens, {**_provenance(model, config), **options, "data": data})
+            sums = run_layerwise(job, source, settings) if low_memory else run_streaming(job, source, total, settings)
+    provenance = {**_provenance(model, linears, config), **options, "data": sums.data}
+    result = Covariances(sums.matrices, sums.groups, sums.tokens, provenance)
     _check_counts(result, linears)
     return result
 
@@ -190,11 +182,19 @@ def memory_plan(
         inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
     with evaluating(model):
         seen = observe(model, inputs, linears, share_inputs)
-    placement = replace(placement, queue=_wants_queue([first], queue_tokens))
+    placement = replace(placement, queue=wants_queue([first], queue_tokens))
     if not low_memory:
         return plan_streaming(seen, placement)
-    tokens = tokens or first.tokens
-    return _plan_walk(model, linears, seen, placement, offload, tokens, first.tokens, checkpoint is not None)
+    return plan_walk(
+        model,
+        linears,
+        seen,
+        placement,
+        offload,
+        tokens=tokens or first.tokens,
+        largest_batch=first.tokens,
+        on_disk=checkpoint is not None,
+    )
 
 
 def _placement(device: str | torch.device | None, offload: str | None, queue_tokens: int, accumulate: str) -> Placement:
@@ -213,135 +213,7 @@ def _check_options(offload: str | None, checkpoint_every: int, queue_tokens: int
             raise ValueError(f"{name} is {value!r}; expected a positive integer.")
 
 
-def _wants_queue(batches: Sequence[Batch], queue_tokens: int) -> bool:
-    return any(batch.shape is None or 2 * batch.shape[0] * batch.shape[1] < queue_tokens for batch in batches)
-
-
-def _log_plan(plan: MemoryPlan, limit: int | None) -> None:
-    logger.info("%s", plan)
-    plan.check(
-        limit,
-        'Pass low_memory=True to keep one decoder layer\'s covariances at a time, offload="cpu" to keep all of them in '
-        "CPU memory, or fewer target_modules.",
-    )
-
-
-def _open_checkpoint(path: Path, job: Job, options: Mapping[str, str]) -> Checkpoint:
-    rank, size = rank_and_size()
-    key = {
-        "model": weights_key(job.model),
-        "targets": digest_of(list(job.collector.linears)),
-        **options,
-        "process": f"{rank} of {size}",
-    }
-    return Checkpoint(path if size == 1 else path.with_name(f"{path.name}.rank{rank}"), key)
-
-
-def _streaming(
-    job: Job,
-    source: Iterable[Any],
-    total: int | None,
-    path: Path | None,
-    options: Mapping[str, str],
-    offload: str | None,
-    limit: int | None,
-) -> tuple[Mapping[str, Tensor], dict, dict, str]:
-    """Run all batches once; matrices, groups, tokens and the fingerprint of the data."""
-    items = iter(source)
-    first = [job.reader.read(item, 0) for item in islice(items, 1)]
-    linears, placement = job.collector.linears, job.collector.accumulator.placement
-    with ExitStack() as stack:
-        checkpoint, device_of = None, {}
-        if first:
-            inputs = to_device(probe(first[0].inputs), job.inputs_to)
-            seen = observe(job.model, inputs, linears, job.collector.shared.share)
-            placement = replace(placement, queue=_wants_queue(first, placement.queue_tokens))
-            job.collector.accumulator.placement = placement
-            _log_plan(plan_streaming(seen, placement), limit)
-            for key, names in seen.groups.items():
-                where = placement.store or placement.compute or seen.inputs[key].device
-                device_of.update(dict.fromkeys(names, where))
-            if path is not None:
-                checkpoint = _open_checkpoint(path, job, options)
-                stack.enter_context(checkpoint.locked())
-        rest = (job.reader.read(item, index) for index, item in enumerate(items, 1))
-        with watching(linears, job.collector.receive):
-            data = stream(job, chain(first, rest), total, checkpoint, device_of)
-    matrices, groups, tokens = combined(job.collector)
-    return matrices, groups, tokens, digest_of(exchange(data))
-
-
-def _layerwise(
-    job: Job,
-    source: Iterable[Any],
-    total: int | None,
-    path: Path | None,
-    options: Mapping[str, str],
-    offload: str | None,
-    limit: int | None,
-) -> tuple[Mapping[str, Tensor], dict, dict, str]:
-    """Run one pass per layer; matrices, groups, tokens and the fingerprint of the data."""
-    batches = [job.reader.read(item, index) for index, item in enumerate(source)]
-    linears, placement = job.collector.linears, job.collector.accumulator.placement
-    placement = replace(placement, queue=_wants_queue(batches, placement.queue_tokens))
-    job.collector.accumulator.placement = placement
-    name, layers = decoder_layers(job.model, linears)
-    linears_of, outside = split_by_layer(linears, name, len(layers))
-    if batches:
-        inputs = to_device(probe(batches[0].inputs), job.inputs_to)
-        seen = observe(job.model, inputs, linears, job.collector.shared.share)
-        sizes = [batch.shape[0] * batch.shape[1] if batch.shape else batch.tokens for batch in batches]
-        plan = _plan_walk(job.model, linears, seen, placement, offload, sum(sizes), max(sizes), path is not None)
-        _log_plan(plan, limit)
-    fingerprint = DataFingerprint()
-    for batch in batches:
-        fingerprint.add(batch)
-    layer_walk = LayerWalk(
-        job.model,
-        layers,
-        batches,
-        inputs_to=job.inputs_to,
-        compute=placement.compute,
-        keep=torch.device("cpu") if offload == "cpu" else None,
-    )
-    with ExitStack() as stack:
-        checkpoint = None
-        if path is not None:
-            checkpoint = _open_checkpoint(path, job, {**options, "data": str(fingerprint)})
-            stack.enter_context(checkpoint.locked())
-        done = walk(job, layer_walk, linears_of, outside, checkpoint)
-    matrices = PackedMemory(done.triangles, placement.dtype)
-    return matrices, done.groups, done.tokens, digest_of(exchange(str(fingerprint)))
-
-
-def _plan_walk(
-    model: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    seen: Observation,
-    placement: Placement,
-    offload: str | None,
-    tokens: int,
-    largest_batch: int,
-    on_disk: bool,
-) -> MemoryPlan:
-    name, layers = decoder_layers(model, linears)
-    keys = [[key for key in seen.groups if key.startswith(f"{name}.{i}.")] for i in range(len(layers))]
-    entering = seen.inputs[next(key for layer in keys for key in layer)]
-    hidden_device = torch.device("cpu") if offload == "cpu" else placement.compute or entering.device
-    return plan_layerwise(
-        seen,
-        placement,
-        keys,
-        layers,
-        moves_weights=placement.compute is not None,
-        hidden_bytes=tokens * entering.d * entering.dtype.itemsize,
-        hidden_device=hidden_device,
-        largest_batch=largest_batch,
-        on_disk=on_disk,
-    )
-
-
-def _provenance(model: nn.Module, config: LoraNullConfig) -> dict[str, str]:
+def _provenance(model: nn.Module, linears: Mapping[str, nn.Linear], config: LoraNullConfig) -> dict[str, str]:
     from . import __version__
 
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
@@ -352,6 +224,7 @@ def _provenance(model: nn.Module, config: LoraNullConfig) -> dict[str, str]:
         # a local path would tell others about this machine, and mean nothing to them
         "model_name": Path(name).name if os.path.isabs(name) else name,
         "model_dtype": ",".join(dtypes),
+        "base_fingerprint": fingerprint(linears) or "",
         "target_modules": json.dumps(config.to_dict()["target_modules"]),
     }
 
