@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._logging import logger
 from ._weights import fingerprint, materialized, require_writable
 from .config import LoraNullConfig
 from .covariances import Covariances
@@ -100,6 +101,11 @@ def initialize(
     for name, linear in linears.items():
         _attach(linear, *start.pop(name), config)
     share_projections(model)
+    if not config.freeze_a:
+        logger.warning(
+            "The base weights were shifted by the initial adapters (freeze_a=False): save_pretrained() would store the "
+            "shifted base. Use lora_null.save_adapter, or lora_null.merge first."
+        )
     set_state(model, AdapterState(config, base_fingerprint, energies))
     return model
 
