@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import shutil
 import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -61,7 +65,7 @@ def build(folder: Path | None = None) -> ModuleType:
         raise FileNotFoundError("the C++ sources of lora_null are not installed")
     build_folder = cache_folder() / "extension" / _fingerprint(folder)
     build_folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(str(build_folder) + ".lock"):
+    with filelock.FileLock(str(build_folder) + ".lock"), _ninja_on_path():
         # torch marks a running build with a file named "lock" and waits for it for ever. We hold a lock that
         # the system releases when its owner dies, so a mark found here was left by a killed build.
         (build_folder / "lock").unlink(missing_ok=True)
@@ -71,6 +75,27 @@ def build(folder: Path | None = None) -> ModuleType:
             extra_cflags=_FLAGS,
             build_directory=str(build_folder),
         )
+
+
+def _cause(error: Exception) -> str:
+    """Return the one line that says most: the first that the compiler calls an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let torch find the ``ninja`` of the Python package, whose scripts folder need not be on PATH."""
+    path = os.environ.get("PATH", "")
+    if shutil.which("ninja") is None:
+        scripts = (Path(sys.executable).parent, Path(sysconfig.get_path("scripts")))
+        found = next((folder for folder in scripts if (folder / "ninja").exists()), None)
+        if found is not None:
+            os.environ["PATH"] = f"{found}{os.pathsep}{path}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = path
 
 
 def _load() -> ModuleType | None:
@@ -85,10 +110,9 @@ def _load() -> ModuleType | None:
     try:
         return build()
     except Exception as error:  # any failure of a compiler must leave a working package
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         warn_once(
             "extension",
-            f"lora_null: the C++ extension could not be built ({first_line}). The same algorithm runs in plain "
+            f"lora_null: the C++ extension could not be built ({_cause(error)}). The same algorithm runs in plain "
             "torch calls instead. A C++ compiler, ninja and the Python headers are needed; "
             "LORA_NULL_NO_EXTENSION=1 skips the attempt.",
         )

@@ -15,20 +15,14 @@ def exact(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
     than a full ``eigh``. On other devices, where torch offers no partial solver, a full ``eigh``.
     """
     if C.device.type == "cpu":
-        return _evr(C, r)
+        import scipy.linalg
+
+        # The transpose of a row-major matrix is the column-major layout that LAPACK wants; C is symmetric.
+        values, vectors = scipy.linalg.eigh(C.numpy().T, driver="evr", subset_by_index=[0, r - 1], check_finite=False)
+        return torch.from_numpy(values), torch.from_numpy(vectors).contiguous()
     extension = _extension.load()
     if extension is not None:
-        basis, eigenvalues = extension.exact(C, r)
-        return eigenvalues, basis
-    eigenvalues, vectors = torch.linalg.eigh(C)
-    return eigenvalues[:r].contiguous(), vectors[:, :r].contiguous()
-
-
-def _evr(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    import scipy.linalg
-
-    # The transpose of a row-major matrix is the column-major layout that LAPACK wants; C is symmetric.
-    values, vectors = scipy.linalg.eigh(
-        C.numpy().T, driver="evr", subset_by_index=[0, r - 1], check_finite=False, overwrite_a=False
-    )
-    return torch.from_numpy(values), torch.from_numpy(vectors).contiguous()
+        basis, values = extension.exact(C, r)
+        return values, basis
+    values, vectors = torch.linalg.eigh(C)
+    return values[:r].contiguous(), vectors[:, :r].contiguous()
