@@ -156,9 +156,17 @@ def iterate(batches: Any, chunk_tokens: int) -> Iterable[Any]:
     return batches
 
 
+def length_of(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches, or ``None`` if nobody knows it."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # also a DataLoader's, whose dataset has no length
+        return None
+
+
 def _chunks(batches: Tensor | Mapping, chunk_tokens: int) -> Sequence[Any]:
-    ids = batches if isinstance(batches, Tensor) else torch.as_tensor(batches["input_ids"])
-    if ids.dim() < 2:
+    ids = _tensor(batches if isinstance(batches, Tensor) else batches["input_ids"])
+    if not isinstance(ids, Tensor) or ids.dim() < 2:
         return [batches]
     rows = max(1, chunk_tokens // max(1, ids.shape[1]))
     starts = range(0, ids.shape[0], rows)

@@ -19,26 +19,34 @@ class TensorIdentity:
     the storage pins its address, so that a later tensor cannot be taken for it, while its data are freed.
     """
 
-    __slots__ = ("_layout", "_storage")
+    __slots__ = ("_compare_values", "_layout", "_storage")
 
-    def __init__(self, x: Tensor):
+    def __init__(self, x: Tensor, compare_values: bool = False):
         self._storage = StorageWeakRef(x.untyped_storage())
-        self._layout = _layout(x)
+        self._compare_values = compare_values
+        self._layout = self._describe(x)
+
+    @property
+    def address(self) -> int:
+        """Identify the storage; no other storage has the same address while this object exists."""
+        return self._storage.cdata
 
     def matches(self, x: Tensor) -> bool:
         """Tell whether ``x`` is the tensor this identity was taken from, unchanged."""
         return (
             x.untyped_storage()._cdata == self._storage.cdata
             and not self._storage.expired()
-            and _layout(x) == self._layout
+            and self._describe(x) == self._layout
         )
 
-
-def _layout(x: Tensor) -> tuple:
-    # Inference tensors count no versions. An in-place change between two readers then shows in the values only;
-    # their sum costs one pass, in the rare case that the caller's loop runs under torch.inference_mode.
-    version = float(x.double().sum()) if x.is_inference() else x._version
-    return version, x.storage_offset(), x.shape, x.stride()
+    def _describe(self, x: Tensor) -> tuple:
+        version: float
+        if not x.is_inference():
+            version = x._version
+        else:
+            # Inference tensors count no versions: an in-place change between two readers shows in the values only.
+            version = float(x.double().sum()) if self._compare_values else 0
+        return version, x.storage_offset(), x.shape, x.stride()
 
 
 @dataclass
@@ -72,8 +80,11 @@ class SharedInputs:
         key = self._key_of.get(name) or self._assign(name, x, calls)
         group = self.groups[key]
         if name == key:
-            group.calls, group.identity = calls, TensorIdentity(x)
-            self._latest[x.untyped_storage()._cdata] = key
+            if group.identity and self._latest.get(group.identity.address) == key:
+                del self._latest[group.identity.address]
+            # what the model overwrites in its first forward pass it overwrites in all
+            group.calls, group.identity = calls, TensorIdentity(x, compare_values=calls == 1)
+            self._latest[group.identity.address] = key
             return True
         if group.calls != calls or group.identity is None or not group.identity.matches(x):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ._accumulate import ACCUMULATORS, Placement
-from ._batches import BatchReader, iterate, probe, to_device
+from ._batches import BatchReader, iterate, length_of, probe, to_device
 from ._collect import Collector
 from ._logging import logger
 from ._memory_plan import MemoryPlan, observe, plan_streaming
@@ -124,7 +124,7 @@ def calibrate(
             sums = run_function(job, batches, memory_limit)
         else:
             source = iterate(batches, queue_tokens)
-            total = len(source) if isinstance(source, Sized) else None
+            total = length_of(source)
             if shard if shard is not None else not is_shared_out(batches):
                 source, total = share_of(source), None if total is None else len(list(share_of(range(total))))
             sums = run_layerwise(job, source, settings) if low_memory else run_streaming(job, source, total, settings)

@@ -165,8 +165,17 @@ def test_every_form_of_batches_gives_the_same_bits():
         def __getitem__(self, i):
             return {"input_ids": ids[i], "attention_mask": torch.ones(30, dtype=torch.long)}
 
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    def run_under_inference_mode():
+        with torch.inference_mode():
+            run_model()
+
     forms = {
         "iterator": iter(rows),
+        "DataLoader without length": DataLoader(Stream(), batch_size=None),
         "mapping": [{"input_ids": batch} for batch in rows],
         "extra columns": [{"input_ids": batch, "text": ["a", "b"], "length": [30, 30]} for batch in rows],
         "lists of numbers": [{"input_ids": batch.tolist()} for batch in rows],
@@ -174,6 +183,7 @@ def test_every_form_of_batches_gives_the_same_bits():
         "DataLoader": DataLoader(Texts(), batch_size=2),
         "callback": run_model,
         "callback of the base model": run_base_model,
+        "callback under inference mode": run_under_inference_mode,
     }
     for form, batches in forms.items():
         got = calibrate(model, batches)
@@ -242,7 +252,28 @@ def test_weights_offloaded_by_accelerate():
     assert all(parameter.is_meta for parameter in model.parameters())
     got = calibrate(model, padded_batches())
     assert_equal(got, wanted)
+    low_memory = calibrate(model, padded_batches(), low_memory=True)
+    for key, matrix in wanted.items():
+        assert torch.equal(low_memory[key], matrix)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sums_lie_where_they_are_wanted():
+    batches = padded_batches()
+    wanted = calibrate(llama(), batches)
+    for home, options, place in [
+        ("cuda", {}, "cuda"),
+        ("cuda", {"offload": "cpu"}, "cpu"),
+        ("cuda", {"accumulate": "fp64", "offload": "cpu"}, "cpu"),
+        ("cuda", {"device": "cpu"}, "cpu"),
+        ("cpu", {"device": "cuda"}, "cuda"),
+    ]:
+        got = calibrate(llama().to(home), batches, queue_tokens=64, **options)
+        for key, matrix in wanted.items():
+            assert got[key].device.type == place
+            assert (got[key].cpu() - matrix).norm() < 1e-4 * matrix.norm()
 
 
 def test_the_output_head_runs_on_one_token_only_unless_it_is_calibrated():
@@ -319,6 +350,10 @@ def test_watching_keeps_no_activation_alive():
     weak = StorageWeakRef(x.untyped_storage())
     del x
     assert weak.expired()
+    for _ in range(5):
+        x = torch.randn(4, 4)
+        assert shared.receive("first", x) and not shared.receive("second", x)
+    assert len(shared._latest) == 1
 
 
 def test_autocast_in_the_callers_loop_does_not_touch_the_sums():
