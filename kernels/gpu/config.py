@@ -9,15 +9,28 @@ lora_null.kernels.tune`` measures and rewrites the data.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["architecture", "backend", "launch_config", "matches", "shipped", "table", "tuned_path"]
+__all__ = [
+    "architecture",
+    "backend",
+    "forced",
+    "launch_config",
+    "matches",
+    "save_tuned",
+    "shipped",
+    "table",
+    "tuned_path",
+]
 
 FOLDER = Path(__file__).parent / "configs"
+_forced: dict[str, dict[str, Any]] = {}
 
 
 def architecture(device: torch.device | str) -> str:
@@ -27,7 +40,12 @@ def architecture(device: torch.device | str) -> str:
         return "cpu"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
+    return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _cuda_architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 
 
@@ -40,15 +58,14 @@ def tuned_path(arch: str) -> Path:
 
 
 def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the entry lists of ``over`` in place of its own, per kernel or operation and size."""
-    sections = {
-        section: {
-            name: {**base[section].get(name, {}), **over.get(section, {}).get(name, {})}
-            for name in {**base[section], **over.get(section, {})}
-        }
-        for section in ("dispatch", "kernels")
-    }
-    return {**base, **over, **sections}
+    """Return ``base`` with the lists of ``over`` in place of its own, per kernel or operation and element size."""
+    result = {**base, **over}
+    for section in ("dispatch", "kernels"):
+        result[section] = dict(base[section])
+        for name, lists in over.get(section, {}).items():
+            both = isinstance(lists, dict) and name in base[section]
+            result[section][name] = {**base[section][name], **lists} if both else lists
+    return result
 
 
 @cache
@@ -65,18 +82,36 @@ def shipped(arch: str) -> dict[str, Any]:
 
 
 @cache
-def _tuned(arch: str, path: str, stamp: float) -> dict[str, Any]:
-    return _overlaid(shipped(arch), json.loads(Path(path).read_text()))
-
-
 def table(arch: str) -> dict[str, Any]:
-    """Return the data of ``arch``: the package's, overlaid with what the tuning command measured here."""
+    """Return the data of ``arch``: the package's, overlaid with what the tuning commands measured here.
+
+    Read once per process; `save_tuned` makes the next call read again.
+    """
     path = tuned_path(arch)
+    return _overlaid(shipped(arch), json.loads(path.read_text())) if path.exists() else shipped(arch)
+
+
+def save_tuned(arch: str, over: dict[str, Any]) -> Path:
+    """Overlay the tuned data of ``arch`` with ``over``, a table like `table`'s, and return the file's path."""
+    path = tuned_path(arch)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    data = _overlaid({"dispatch": {}, "kernels": {}, **before}, over)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)
+    table.cache_clear()
+    return path
+
+
+@contextmanager
+def forced(kernel: str, entry: dict[str, Any]) -> Iterator[None]:
+    """Within this context give ``kernel`` this configuration whatever the sizes: for the tuning command."""
+    _forced[kernel] = entry
     try:
-        stamp = path.stat().st_mtime
-    except FileNotFoundError:
-        return shipped(arch)
-    return _tuned(arch, str(path), stamp)
+        yield
+    finally:
+        del _forced[kernel]
 
 
 def matches(entry: dict[str, Any], sizes: dict[str, int]) -> bool:
@@ -98,6 +133,8 @@ def launch_config(kernel: str, dtype: torch.dtype, arch: str, *, tma: bool = Fal
 
     Entries that use tensor descriptors (``TMA``) are passed over unless ``tma`` says that the operands allow it.
     """
+    if kernel in _forced:
+        return dict(_forced[kernel])
     bits = "32" if dtype.itemsize >= 4 else "16"
     entries = table(arch)["kernels"][kernel][bits]
     entry = _first([entry for entry in entries if tma or not entry.get("TMA")], sizes)

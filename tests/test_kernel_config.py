@@ -1,0 +1,182 @@
+"""Configurations as data: which entry a call gets, unknown GPUs, and what the tuning commands write."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from lora_null.kernels import config, lora, runtime, syrk, tune
+
+from lora_null.ops import tune_covariance
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Neither read nor write the user's tuned data."""
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path))
+    config.table.cache_clear()
+    yield
+    config.table.cache_clear()
+
+
+def test_every_table_answers_every_size():
+    for path in config.FOLDER.glob("*.json"):
+        table = config.shipped(path.stem)
+        assert table["arch"] == path.stem
+        for kernel, sizes in table["kernels"].items():
+            for bits, entries in sizes.items():
+                last = entries[-1]
+                assert "when" not in last and "TMA" not in last, f"{path.stem} {kernel} {bits}: no last resort"
+        for lists in table["dispatch"].values():
+            assert all("when" not in entries[-1] for entries in lists.values())
+
+
+@pytest.mark.parametrize(
+    "arch, expected",
+    [("sm_90", "sm_90"), ("sm_86", "sm_89"), ("sm_103", "sm_100"), ("sm_120", "default"), ("gfx942", "default")],
+)
+def test_unknown_architectures_get_a_sane_table(arch, expected):
+    assert config.table(arch)["arch"] == expected
+    assert config.table(arch)["shared_memory"] <= 232448
+    assert config.launch_config("linear", torch.float32, arch, T=1, d=1, m=1, r=1)["BLOCK_T"] > 0
+
+
+def test_first_entry_whose_bounds_hold():
+    entries = [{"when": {"d_max": 10, "T_min": 5}, "n": 1}, {"when": {"d_max": 20}, "n": 2}, {"n": 3}]
+    pick = [config._first(entries, s)["n"] for s in ({"d": 10, "T": 5}, {"d": 10, "T": 4}, {"d": 21}, {})]
+    assert pick == [1, 2, 3, 1]
+
+
+def test_descriptors_only_where_operands_allow():
+    chosen = [config.launch_config("syrk", torch.bfloat16, "sm_90", tma=tma, d=8192, T=8192) for tma in (0, 1)]
+    assert [bool(entry.get("TMA")) for entry in chosen] == [False, True]
+
+
+@pytest.mark.parametrize("tiles, steps", [(1, 1), (5, 100), (131, 7), (136, 128), (528, 128), (3192, 3)])
+def test_splits_leave_no_part_empty_and_never_cost_more(monkeypatch, tiles, steps):
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
+    splits = runtime.splits_for(tiles, steps, 6, torch.device("cpu"))
+    each = -(-steps // splits)
+    assert 1 <= splits <= steps and (splits - 1) * each < steps
+    rounds = -(-tiles * splits // 132)
+    assert rounds * (each + 6 * (splits > 1)) <= -(-tiles // 132) * steps
+
+
+def test_tuned_data_is_laid_over_the_shipped(tmp_path):
+    entry = {"BLOCK_T": 16, "num_warps": 1}
+    times = [{"product": "forward", "triton_us": 1.0}]
+    config.save_tuned("sm_90", {"dispatch": {"linear": times}})
+    path = config.save_tuned("sm_90", {"source": "a test", "kernels": {"outer": {"16": [entry]}}})
+    assert path == tmp_path / "kernels" / "sm_90.json" and json.loads(path.read_text())["source"] == "a test"
+    assert config.launch_config("outer", torch.float16, "sm_90") == entry
+    shipped = config.shipped("sm_90")["kernels"]
+    assert config.table("sm_90")["kernels"]["outer"]["32"] == shipped["outer"]["32"]
+    assert config.table("sm_90")["kernels"]["linear"] == shipped["linear"]
+    assert config.table("sm_90")["dispatch"]["linear"] == times
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def launched_with(monkeypatch):
+    """Replace launches by nothing; return the options of the last one."""
+    last = {}
+    monkeypatch.setattr(runtime, "launch", lambda kernel, grid, device, *args, **options: last.update(options))
+    return last
+
+
+def test_tuning_keeps_the_fastest_and_passes_over_failures(monkeypatch):
+    last = launched_with(monkeypatch)
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
+
+    def fake(call):
+        last.clear()
+        call()
+        if last["num_stages"] == 4:
+            raise RuntimeError("out of shared memory")
+        return 2.0 - (last["BLOCK_T"] == 128 and last["num_warps"] == 8)
+
+    overlay = tune.measure(["project"], torch.bfloat16, "sm_80", fake, device="meta")
+    entries = overlay["kernels"]["project"]["16"]
+    winners = entries[: len(tune.SIZES["project"][1])]
+    assert all((e["BLOCK_T"], e["num_warps"], e["num_stages"]) == (128, 8, 3) for e in winners)
+    assert [e["when"].get("r_max") for e in winners] == [32, 91, 222, None]
+    assert entries[len(winners) :] == config.shipped("sm_80")["kernels"]["project"]["16"]
+
+
+def test_every_workload_runs_its_own_kernel(monkeypatch):
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
+    for kernel, (_, sizes) in tune.SIZES.items():
+        for arch in ("sm_80", "sm_90"):
+            chosen = list(tune.candidates(kernel, torch.bfloat16, arch))
+            names = []
+            monkeypatch.setattr(runtime, "launch", lambda k, *a, names=names, **o: names.append(k.fn.__name__))
+            with config.forced(kernel, chosen[-1]):
+                tune.workload(kernel, sizes[0], torch.bfloat16, "meta")()
+            assert any(name.startswith(kernel) for name in names), f"{kernel} launched {names}"
+
+
+def test_covariance_choice_follows_the_times(monkeypatch):
+    launched_with(monkeypatch)
+    monkeypatch.setattr(tune_covariance, "WIDTHS", (64, 256))
+    monkeypatch.setattr(tune_covariance, "TOKENS", (32, 128))
+    calls = []
+    monkeypatch.setattr(syrk, "covariance_update", lambda C, x: calls.append("triton"))
+
+    def fake(call):
+        call()
+        return 1.0 if calls and calls.pop() == "triton" else 2.0
+
+    overlay = tune_covariance.measure(torch.float32, "cpu", fake)
+    entries = overlay["dispatch"]["covariance"]["32"]
+    assert [entry["backend"] for entry in entries] == ["triton"] * 4
+    config.save_tuned("sm_90", overlay)
+    assert config.backend("covariance", torch.float32, "sm_90", d=100000, T=100000) == "triton"
+
+
+def test_package_loads_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, lora_null.kernels.lora as lora, lora_null.kernels.syrk as syrk, lora_null.kernels.tune\n"
+        "assert lora.keep_mask(3, 4, dropout=0.5, seed=1, device='cpu').shape == (3, 4)\n"
+        "print(syrk.supported(torch.zeros(2, 2)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "triton" in run.stdout or "cpu" in run.stdout
+
+
+def test_keep_mask_is_a_fair_and_reproducible_coin():
+    first, again = (lora.keep_mask(400, 500, dropout=0.3, seed=7, device="cpu") for _ in range(2))
+    other = lora.keep_mask(400, 500, dropout=0.3, seed=8, device="cpu")
+    assert torch.equal(first, again)
+    n = first.numel()
+    sigma = (0.3 * 0.7 / n) ** 0.5
+    assert abs(first.double().mean().item() - 0.7) < 4 * sigma
+    # two seeds, neighbouring rows and neighbouring columns agree as often as independent coins do
+    agree = 0.7**2 + 0.3**2
+    bound = 4 * (agree * (1 - agree) / n) ** 0.5
+    for a, b in ((first, other), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1]), (first, other.roll(1, 0))):
+        assert abs((a == b).double().mean().item() - agree) < bound
+
+
+@pytest.mark.parametrize("p, kept", [(0.0, 1.0), (1.0, 0.0)])
+def test_keep_mask_at_its_ends(p, kept):
+    assert lora.keep_mask(50, 60, dropout=p, seed=1, device="cpu").double().mean().item() == kept
+
+
+def test_dropout_outside_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"dropout=1.5.*0 to 1"):
+        lora.keep_mask(2, 2, dropout=1.5, seed=0, device="cpu")
+
+
+def test_supported_says_what_is_in_the_way(monkeypatch):
+    monkeypatch.setattr(runtime, "unavailable", lambda device: None)
+    x, w = torch.zeros(4, 8), torch.zeros(6, 8)
+    assert lora.supported(x, w, torch.zeros(3, 8)) is None
+    assert "float64" in lora.supported(x.double(), w.double())
+    assert "bfloat16" in lora.supported(x.bfloat16(), w)
+    assert "float16" in lora.supported(x, w, torch.zeros(3, 8).half())
+    assert "column stride" in lora.supported(x[:, ::2], w[:, :4])
+    assert "rank 513" in lora.supported(x, w, rank=513)
+    assert "2-D" in lora.supported(x[0], w)
+    assert "row stride" in syrk.supported(torch.empty_strided((2, 2), (1 << 23, 1), device="meta"))
