@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,15 +92,18 @@ def paired(old: Worker, new: Worker, mode: str, *, seconds: float, at_least: int
 def verdict(old_ms: list[float], new_ms: list[float]) -> tuple[float, bool]:
     """Return the median ratio new over old of samples taken in pairs, and whether it is a regression.
 
-    The ratio of each pair cancels a clock that drifts from pair to pair, which a ratio of medians does not.
+    The ratio of each pair cancels a clock that drifts from pair to pair, which a ratio of medians does not. Where the
+    new side wins more than a fifth of the pairs the difference is noise.
     """
-    ratio = statistics.median(new / old for old, new in zip(old_ms, new_ms, strict=True))
-    return ratio, ratio > THRESHOLD
+    ratios = timing.Times.of([new / old for old, new in zip(old_ms, new_ms, strict=True)])
+    return ratios.median_ms, ratios.median_ms > THRESHOLD and ratios.q20_ms > 1
 
 
 def run(reference: str, questions: list[Question], arguments) -> int:
     """Compare our provider at ``reference`` with the working tree on every case; 1 if it became slower."""
     regressions = []
+    # Ended by its parent, the process must still take its worktree away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seconds = 4.0 * (arguments.samples_scale or 1.0)
     with (
         worktree(reference) as tree,

@@ -1,32 +1,15 @@
 """The harness: results that cannot be lost, fair turns, refusals, messages, figures."""
 
-import importlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def suite(name):
-    """Import a module of the suite without putting the repository root on ``sys.path``."""
-    if "benchmarks" not in sys.modules:
-        folder = ROOT / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["benchmarks"])
-    return importlib.import_module(f"benchmarks.{name}")
-
+from benchmark_suite import ROOT, suite
 
 records = suite("records")
 timing = suite("timing")
@@ -282,6 +265,7 @@ def test_a_regression_of_five_percent_is_flagged():
     drift = [1.0, 1.2, 1.5, 1.8, 2.0]
     assert verdict(drift, [1.04 * t for t in drift]) == (pytest.approx(1.04), False)
     assert verdict(drift, [1.06 * t for t in drift]) == (pytest.approx(1.06), True)
+    assert verdict([1.0] * 5, [1.08, 0.9, 1.07, 0.9, 1.2]) == (pytest.approx(1.07), False)
 
 
 def test_comparing_with_an_unknown_commit_says_so(capsys):

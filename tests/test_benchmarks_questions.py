@@ -1,29 +1,12 @@
 """Every question of the suite on tiny shapes: our providers and the peers agree with the truth and are recorded."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_suite import suite
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_suite():
-    """Import the suite from the source tree without putting the repository root on ``sys.path``."""
-    if "benchmarks" not in sys.modules:
-        folder = ROOT / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["benchmarks"])
-    return importlib.import_module("benchmarks.harness")
-
-
-harness = load_suite()
+harness = suite("harness")
 Case = harness.Case
 
 TINY_MODEL = {"model": "tiny", "r": 4, "dtype": "fp32"}
@@ -46,7 +29,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    shapes = importlib.import_module("benchmarks.shapes")
+    shapes = suite("shapes")
     shape = shapes.ModelShape("tiny", 64, 96, 2, 4, 2, 16, 300, True, "made for the tests")
     monkeypatch.setitem(shapes.shapes(), "tiny", shape)
     # On a busy machine two threads wait for each other longer than these shapes take.
@@ -64,15 +47,13 @@ def run(question, cases, output, **options):
             return [Case(params) for params in cases]
 
     it = harness.Run(harness.Options(output=output, seconds_scale=0.001, **options))
-    it.ceilings = importlib.import_module("benchmarks.limits").Ceilings(
-        1e10, dict.fromkeys(("fp64", "fp32", "bf16"), 1e11)
-    )
+    it.ceilings = suite("limits").Ceilings(1e10, dict.fromkeys(("fp64", "fp32", "bf16"), 1e11))
     it.ask(Asked())
     return it
 
 
 def questions():
-    return importlib.import_module("benchmarks.questions").registry()
+    return suite("questions").registry()
 
 
 def test_every_question_has_a_case_here():

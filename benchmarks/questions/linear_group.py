@@ -17,9 +17,15 @@ from .linear import relative_error, worst_ratio
 
 @dataclass
 class Inputs:
-    """``x (T, d)``; per linear its weight ``(m, d)``, factors and cotangent ``(T, m)``; truth in fp64."""
+    """``x (T, d)``; per linear its weight ``(m, d)``, factors and cotangent ``(T, m)``; truth in fp64.
+
+    The adapters' ``A_i (r, d)`` are the rounded products of ``mixings D_i (r, r)`` and the one ``basis U (d, r)``; the
+    truth is that of the exact products.
+    """
 
     x: Tensor
+    basis: Tensor
+    mixings: dict[str, Tensor]
     weights: dict[str, Tensor]
     adapters: models.Adapters
     dy: dict[str, Tensor]
@@ -64,19 +70,21 @@ class LinearGroup(Question):
         def random(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
-        basis = torch.linalg.qr(torch.randn(d, r, generator=generator, device=device))[0]
-        adapters, weights, dy = {}, {}, {}
-        for name, (m, _) in linears.items():
-            mixing = torch.randn(r, r, generator=generator, device=device) * r**-0.5
-            adapters[name] = (mixing @ basis.T).to(dtype), random(m, r, scale=r**-0.5)
-            weights[name] = random(m, d, scale=d**-0.5)
-            dy[name] = random(T, m)
-        inputs = Inputs(random(T, d), weights, adapters, dy, {}, {})
+        basis = torch.linalg.qr(random(d, r).float())[0].to(dtype)
+        mixings = {name: random(r, r, scale=r**-0.5) for name in linears}
+        exact = {name: mixing.double() @ basis.double().T for name, mixing in mixings.items()}
+        Bs = {name: random(m, r, scale=r**-0.5) for name, (m, _) in linears.items()}
+        weights = {name: random(m, d, scale=d**-0.5) for name, (m, _) in linears.items()}
+        dy = {name: random(T, m) for name, (m, _) in linears.items()}
+        adapters = {name: (A.to(dtype), Bs[name]) for name, A in exact.items()}
+        inputs = Inputs(random(T, d), basis, mixings, weights, adapters, dy, {}, {})
         own = _plain(inputs)
         wide = Inputs(
             inputs.x.double(),
+            basis,
+            mixings,
             {name: weight.double() for name, weight in weights.items()},
-            {name: (A.double(), B.double()) for name, (A, B) in adapters.items()},
+            {name: (A, Bs[name].double()) for name, A in exact.items()},
             {name: value.double() for name, value in dy.items()},
             {},
             {},
@@ -200,13 +208,10 @@ class SharedProjection(nn.Module):
 def _ours(case: Case, inputs: Inputs) -> Call:
     from lora_null import ops
 
-    first = next(iter(inputs.adapters.values()))[0]
-    basis = torch.linalg.qr(first.double().T)[0]  # (d, r): all A's have this row space
     holder = nn.Module()
-    for name, (A, B) in inputs.adapters.items():
-        mixing = (A.double() @ basis).to(A.dtype)
-        setattr(holder, name, SharedProjection(inputs.weights[name], mixing, B))
-    down = basis.T.contiguous().to(first.dtype)
+    for name, (_, B) in inputs.adapters.items():
+        setattr(holder, name, SharedProjection(inputs.weights[name], inputs.mixings[name], B))
+    down = inputs.basis.T.contiguous()
 
     def run(x: Tensor) -> list[Tensor]:
         (projected,) = ops.lora_project(x, down)
