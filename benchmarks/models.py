@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .peers.layers import Attach
+from .peers.layers import Attach, attach_ours, share_projections
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # module name within a decoder layer -> A (r, d), B (m, r)
 
@@ -57,12 +57,14 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator, device: st
 
 
 def attach_all(layers: Iterable[nn.Module], adapters: Adapters, attach: Attach, *, train_a: bool) -> None:
-    """Put the adapters on every decoder layer."""
+    """Put the adapters on every decoder layer; ours share the projections of a sharing group, as always."""
     for layer in layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, (A, B) in adapters.items():
                 if hasattr(parent, name):
                     attach(parent, name, A, B, train_a)
+        if attach is attach_ours:
+            share_projections(layer)
 
 
 def trained_b(layer: nn.Module, adapters: Adapters) -> dict[str, nn.Parameter]:
@@ -81,7 +83,7 @@ def variants() -> list[tuple[str, Attach | None, dict]]:
     from .peers import layers
 
     return [
-        ("lora_null", attach_ours_sharing, {"role": "ours"}),
+        ("lora_null", layers.attach_ours, {"role": "ours"}),
         ("PEFT eager", layers.attach_peft, {"requires": ("peft",)}),
         ("PEFT compiled", layers.attach_peft, {"requires": ("peft",)}),
         ("accumulate", layers.attach_accumulated, {}),
@@ -90,13 +92,6 @@ def variants() -> list[tuple[str, Attach | None, dict]]:
         ("axolotl", layers.attach_axolotl, {"requires": ("peft", "axolotl"), "devices": ("cuda",)}),
         ("base alone", None, {"role": "floor"}),
     ]
-
-
-def attach_ours_sharing(parent: nn.Module, name: str, A: Tensor, B: Tensor, train_a: bool) -> None:
-    """Put our layer on."""
-    from .peers import layers
-
-    layers.attach_ours(parent, name, A, B, train_a)
 
 
 def with_liger(model: nn.Module) -> nn.Module:

@@ -23,6 +23,13 @@ def attach_ours(parent: nn.Module, name: str, A: Tensor, B: Tensor, train_a: boo
     attach_adapter(getattr(parent, name), A.clone(), B.clone(), train_a=train_a)
 
 
+def share_projections(module: nn.Module) -> None:
+    """Let our layers with frozen A's of one row space share a projection, as ``lora_null.initialize`` does."""
+    import lora_null.projection_groups
+
+    lora_null.projection_groups.share_projections(module)
+
+
 class PlainLinear(nn.Module):
     """``y = x W^T + (x A^T) B^T`` as one writes it first; in fp64 it is the truth of the model questions."""
 

@@ -19,13 +19,11 @@ from .linear import relative_error, worst_ratio
 class Inputs:
     """``x (T, d)``; per linear its weight ``(m, d)``, factors and cotangent ``(T, m)``; truth in fp64.
 
-    The adapters' ``A_i (r, d)`` are the rounded products of ``mixings D_i (r, r)`` and the one ``basis U (d, r)``; the
-    truth is that of the exact products.
+    The adapters' ``A_i (r, d)`` are rounded products ``D_i U^T`` with one basis ``U``; the truth is that of the exact
+    products.
     """
 
     x: Tensor
-    basis: Tensor
-    mixings: dict[str, Tensor]
     weights: dict[str, Tensor]
     adapters: models.Adapters
     dy: dict[str, Tensor]
@@ -77,12 +75,10 @@ class LinearGroup(Question):
         weights = {name: random(m, d, scale=d**-0.5) for name, (m, _) in linears.items()}
         dy = {name: random(T, m) for name, (m, _) in linears.items()}
         adapters = {name: (A.to(dtype), Bs[name]) for name, A in exact.items()}
-        inputs = Inputs(random(T, d), basis, mixings, weights, adapters, dy, {}, {})
+        inputs = Inputs(random(T, d), weights, adapters, dy, {}, {})
         own = _plain(inputs)
         wide = Inputs(
             inputs.x.double(),
-            basis,
-            mixings,
             {name: weight.double() for name, weight in weights.items()},
             {name: (A, Bs[name].double()) for name, A in exact.items()},
             {name: value.double() for name, value in dy.items()},
@@ -144,7 +140,7 @@ def _attach(holder: nn.Module, inputs: Inputs, attach: layers.Attach) -> None:
 
 
 class _Group:
-    def __init__(self, holder: nn.Module, inputs: Inputs, run=None, *, compiled: bool = False):
+    def __init__(self, holder: nn.Module, inputs: Inputs, *, compiled: bool = False):
         self.names = list(inputs.weights)
         self.x = inputs.x.clone().requires_grad_()
         self.parameters = list(holder.parameters())
@@ -157,10 +153,9 @@ class _Group:
         self.leaves = {"dx": self.x} | {f"dB {name}": parameter for name, parameter in factors}
         self.dy = [inputs.dy[name] for name in self.names]
 
-        def layer_wise(x: Tensor) -> list[Tensor]:
+        def run(x: Tensor) -> list[Tensor]:
             return [getattr(holder, name)(x) for name in self.names]
 
-        run = run or layer_wise
         if compiled:
             torch._dynamo.reset()
         self.run = torch.compile(run, dynamic=False) if compiled else run
@@ -189,35 +184,11 @@ def _layer_wise(attach: layers.Attach, *, compiled: bool = False):
     return build
 
 
-class SharedProjection(nn.Module):
-    """A linear of a group on the projection ``P = x U`` of its tensor: ``y = x W^T + P (B D)^T``, ``A = D U^T``."""
-
-    def __init__(self, weight: Tensor, mixing: Tensor, B: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.mixing = mixing
-        self.lora_B = nn.Parameter(B.clone())
-
-    def forward(self, x: Tensor, projected: Tensor) -> Tensor:
-        """``x (..., d)``, ``projected (..., r)``."""
-        from lora_null import ops
-
-        return ops.lora_up_linear(x, self.weight, projected, self.lora_B @ self.mixing)
-
-
 def _ours(case: Case, inputs: Inputs) -> Call:
-    from lora_null import ops
-
-    holder = nn.Module()
-    for name, (_, B) in inputs.adapters.items():
-        setattr(holder, name, SharedProjection(inputs.weights[name], inputs.mixings[name], B))
-    down = inputs.basis.T.contiguous()
-
-    def run(x: Tensor) -> list[Tensor]:
-        (projected,) = ops.lora_project(x, down)
-        return [getattr(holder, name)(x, projected) for name in inputs.adapters]
-
-    return _Group(holder, inputs, run).call()
+    holder = _holder(inputs)
+    _attach(holder, inputs, layers.attach_ours)
+    layers.share_projections(holder)
+    return _Group(holder, inputs).call()
 
 
 def _base(case: Case, inputs: Inputs) -> Call:
