@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import geometric_mean
 
 from . import records
 
@@ -70,7 +71,7 @@ def size(value: float | None) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-HEADER = ("question", "provider", "time", "20 % .. 80 %", "of ours", "of limit", "memory", "error")
+HEADER = ("question", "provider", "time", "20 % .. 80 %", "of ours", "of limit", "peak", "kept", "error")
 
 
 def rows(entries: Iterable[dict]) -> list[tuple[str, ...]]:
@@ -91,7 +92,7 @@ def rows(entries: Iterable[dict]) -> list[tuple[str, ...]]:
 def _row(group: list[dict], record: dict) -> tuple[str, ...]:
     name = record["provider"] + (" (floor)" if record["role"] == "floor" else "")
     if record["status"] != "ok":
-        return ("", name, record["status"], record["reason"], "", "", "", "")
+        return ("", name, record["status"], record["reason"], *[""] * (len(HEADER) - 4))
     times = ratio(group, record)
     share = record.get("share_of_limit")
     error = record.get("error")
@@ -103,12 +104,17 @@ def _row(group: list[dict], record: dict) -> tuple[str, ...]:
         "" if times is None else f"{times:.2f}x",
         "" if share is None else f"{100 * share:.0f} %",
         size(record.get("peak_bytes")),
+        size(record.get("saved_bytes")),
         "" if error is None else f"{error:.4g} {record.get('error_measure', '')}",
     )
 
 
-def table(entries: Iterable[dict]) -> str:
-    """Return the closing table as text; ``of ours`` above 1 means that the provider is slower than we are."""
+def table(entries: list[dict]) -> str:
+    """Return the closing table as text.
+
+    ``of ours`` above 1: the provider is slower than we are. ``peak``: memory of one run above what was held before.
+    ``kept``: bytes that autograd saves for the backward pass.
+    """
     body = rows(entries)
     full = [row for row in body if len(row) > 1]
     # A reason may be long; it must not push the other columns apart.
@@ -123,4 +129,27 @@ def table(entries: Iterable[dict]) -> str:
             lines.append(row[0])
         else:
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *means(entries)])
+
+
+def means(entries: Iterable[dict]) -> list[str]:
+    """Return, per question and mode with several cases, the geometric mean of every peer's time over ours.
+
+    The last figure is that of the best peer of each case.
+    """
+    collected: dict[tuple, list[dict[str, float]]] = {}
+    for (question, _, mode, execution, device), group in points(entries).items():
+        ratios = {r["provider"]: ratio(group, r) for r in group if r["role"] == "peer"}
+        known = {name: value for name, value in ratios.items() if value is not None}
+        if known:
+            collected.setdefault((question, mode, execution, device), []).append(
+                {**known, "the best": min(known.values())}
+            )
+    lines = []
+    for (question, mode, execution, _), cases in collected.items():
+        if len(cases) < 2:
+            continue
+        everywhere = [name for name in cases[0] if all(name in case for case in cases)]
+        text = ", ".join(f"{name} {geometric_mean([case[name] for case in cases]):.2f}x" for name in everywhere)
+        lines.append(f"geometric mean over {len(cases)} cases, {question} {mode} {execution}: {text}")
+    return lines

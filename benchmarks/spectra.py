@@ -43,13 +43,18 @@ def spectrum(d: int, kind: str = "o") -> Tensor:
 def covariance(d: int, kind: str = "o", *, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Return a dense symmetric ``C (d, d)`` in fp64 and its exact eigenvalues in ascending order.
 
-    ``C = Q diag Q^T`` with ``Q`` a product of random signs, permutations and cosine transforms: orthogonal to
-    rounding at a cost of ``d^2 log d``, where a random orthogonal matrix from a QR costs more than the solvers
-    that are timed.
+    ``C = Q diag Q^T``. On a CPU ``Q`` is a product of random signs, permutations and cosine transforms: orthogonal to
+    rounding at a cost of ``d^2 log d``, where the QR of a random matrix, taken on a GPU, costs more than the
+    solvers that are timed.
     """
     from scipy import fft
 
     eigenvalues = spectrum(d, kind)
+    if device == "cuda":
+        random = torch.randn(d, d, generator=torch.Generator(device).manual_seed(seed), device=device)
+        Q = torch.linalg.qr(random.double())[0]
+        C = (Q * eigenvalues.to(device)) @ Q.T
+        return (C + C.T) / 2, eigenvalues
     generator = np.random.default_rng(seed)
     matrix = np.diag(eigenvalues.numpy())
     for _ in range(3):

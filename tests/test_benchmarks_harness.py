@@ -327,6 +327,17 @@ def test_figures_say_what_was_measured_and_what_was_not(tmp_path):
     assert figures.fill(filled, entries) == filled
 
 
+def test_the_table_ends_with_geometric_means():
+    entries = []
+    for d, ours, a, b in ((1, 1.0, 2.0, 8.0), (2, 2.0, 16.0, 4.0)):
+        entries += [
+            measured("linear", "lora_null", "ours", ours, d=d),
+            measured("linear", "a", "peer", a, d=d),
+            measured("linear", "b", "peer", b, d=d),
+        ]
+    assert report.means(entries) == ["geometric mean over 2 cases, linear run eager: a 4.00x, b 4.00x, the best 2.00x"]
+
+
 def test_a_wrong_figure_marker_is_refused():
     figures = suite("figures")
     with pytest.raises(ValueError, match="known are: headline"):
