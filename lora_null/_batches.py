@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,9 @@ def _tensor(value: Any) -> Any:
 
 def iterate(batches: Any, chunk_tokens: int) -> Iterable[Any]:
     """Return an iterable of batches; one big tensor or mapping is cut into row chunks of about ``chunk_tokens``."""
-    if isinstance(batches, Tensor) or (isinstance(batches, Mapping) and "input_ids" in batches):
+    if isinstance(batches, Mapping) and "input_ids" not in batches:
+        return [batches]
+    if isinstance(batches, Tensor | Mapping):
         return _chunks(batches, chunk_tokens)
     if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -216,9 +218,3 @@ class DataFingerprint:
 
     def __str__(self) -> str:
         return self._hash.hexdigest()
-
-
-def numbered(batches: Iterable[Any], reader: BatchReader) -> Iterator[tuple[int, Batch]]:
-    """Read the batches in order."""
-    for index, item in enumerate(batches):
-        yield index, reader.read(item, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,11 +117,15 @@ def readable(size: int) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on a CUDA device; ``None`` where nobody knows."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Return the bytes that can still be allocated on ``device``; ``None`` where nobody knows."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as lines:
+            available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+        return 1024 * int(available[0]) if available else None
+    return None
 
 
 def plan_streaming(seen: Observation, placement: Placement) -> MemoryPlan:

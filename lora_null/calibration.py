@@ -75,8 +75,8 @@ def calibrate(
             ``low_memory`` every launch then moves a ``d x d`` product to the CPU, which is slow.
         low_memory: One pass per decoder layer, with the sums of that layer only; the hidden states of all
             batches are kept between passes. About the same time; the result lies packed in CPU memory.
-        memory_limit: Bytes that the plan may use per device, the model itself aside; the default is the free
-            memory of a CUDA device. A plan that does not fit is refused before the run.
+        memory_limit: Bytes that the plan may use per device, the model itself aside; the default is the memory
+            that is free. A plan that does not fit is refused before the run.
         queue_tokens: Batches of fewer than half as many tokens are collected up to launches of at least that half.
         accumulate: ``"fp32"`` or ``"fp64"``, the precision of the sums. Half-precision inputs are multiplied exactly
             and summed in fp32, which suffices for the smallest eigenvalues of real activations.
@@ -201,6 +201,9 @@ def _placement(device: str | torch.device | None, offload: str | None, queue_tok
     if accumulate not in ACCUMULATORS:
         raise ValueError(f"accumulate is {accumulate!r}; expected one of {tuple(ACCUMULATORS)}.")
     compute = None if device is None else torch.device(device)
+    if compute == torch.device("cuda") and torch.cuda.is_available():
+        # tensors name their device with its number
+        compute = torch.device("cuda", torch.cuda.current_device())
     store = torch.device("cpu") if offload == "cpu" else None
     return Placement(ACCUMULATORS[accumulate], compute, store, queue_tokens)
 

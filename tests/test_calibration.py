@@ -470,6 +470,8 @@ def test_bad_input_gets_a_clear_error():
         calibrate(model, [ids], LoraNullConfig(target_modules=["query"]))
     with pytest.raises(TypeError, match="tokenized first"):
         calibrate(model, ["Paris is the capital of France."])
+    with pytest.raises(TypeError, match=r"Batch 0 holds no tensor"):
+        calibrate(model, {"text": ["Paris is the capital of France."]})
     with pytest.raises(TypeError, match="batches is a str"):
         calibrate(model, "Paris is the capital of France.")
     with pytest.raises(ValueError, match=r"attention_mask of batch 0 is \(2, 1, 40, 40\)"):

@@ -188,6 +188,22 @@ def test_the_plan_is_refused_or_obeyed(tmp_path):
     assert next(iter(got.items()))[1].shape == (32, 32)
 
 
+def test_a_plan_beyond_the_free_memory_is_refused():
+    class Vast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(64, 2)
+            # claims a width, and has no memory of that size
+            self.vast = nn.Linear(2, 2)
+            self.vast.in_features = 2**24
+
+        def forward(self, ids):
+            return self.embedding(ids)
+
+    with pytest.raises(ValueError, match=r"needs 1048\d{3}\.\d\d GiB on cpu and may use .* GiB"):
+        calibrate(Vast(), [torch.zeros(1, 4, dtype=torch.long)])
+
+
 @pytest.mark.parametrize("queue_tokens", [16, 64])
 def test_the_plan_counts_what_is_allocated(queue_tokens, caplog):
     model, batch = llama(), padded_batches()[0]
