@@ -45,6 +45,10 @@ def load_tokenizer(model: str) -> Any:
     """Load a tokenizer that pads with its end token where it has no padding token: none is ever added."""
     from transformers import AutoTokenizer
 
+    # transformers would ask the hub for a folder that does not exist, and report a network error.
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        if not Path(model).expanduser().is_dir():
+            raise FileNotFoundError(f"{model} is not a folder; expected a model folder or a Hugging Face model id.")
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

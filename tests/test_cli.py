@@ -224,6 +224,7 @@ class TestRefusals:
         save_file({"other": torch.ones(1)}, folder / "other.safetensors")
         self.refused(run, "init", folder / "model", folder / "other.safetensors", folder / "out", match="covariances")
         self.refused(run, "calibrate", folder / "model", "--data", folder / "nowhere", match="not a file")
+        self.refused(run, "merge", folder / "nowhere", folder / "adapter", folder / "out", match="not a folder")
         assert not (folder / "out").exists()
 
     def test_existing_output(self, calibrated_folder, run):
