@@ -184,12 +184,14 @@ class TestEvaluation:
 
 
 class TestTraining:
-    def test_only_the_answer_is_learned(self, tokenizer):
+    def test_labels_are_the_answer_or_everything(self, tokenizer):
         problem = problems.word_problems(1)[0]
         (example,) = training.encode_problems(tokenizer, [problem])
         learned = [label for label in example["labels"] if label != training.IGNORED]
         assert tokenizer.decode(learned) == problem.completion + "<end>"
         assert tokenizer.decode(example["input_ids"]) == problem.prompt + problem.completion + "<end>"
+        (whole,) = training.encode_problems(tokenizer, [problem], learn_prompt=True)
+        assert whole["labels"] == whole["input_ids"] == example["input_ids"]
 
     def test_padding_changes_no_loss(self, small, tokenizer):
         examples = training.encode_problems(tokenizer, problems.word_problems(5))

@@ -58,9 +58,9 @@ class Settings:
     data: Path | None = None
     output: Path = Path(".quickstart")
     r: int = 32
-    steps: int = 40
+    steps: int = 24
     batch_size: int = 6
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -72,7 +72,7 @@ class Outcome:
     """What a model knows and can do at one point of the run."""
 
     knowledge: Knowledge
-    task_loss: float  # nats per label
+    task_loss: float  # nats per token of the worked answers
     energy_ratio: float | None = None  # median over the layers; None before there is an adapter
 
 
@@ -107,7 +107,7 @@ def run(settings: Settings) -> dict[str, Any]:
     texts = [fact.text for fact in known] if settings.data is None else read_texts(settings.data)
     judge = _Judge(tokenizer, held_out, settings.progress)
     problems = word_problems(settings.steps * settings.batch_size, seed=settings.seed)
-    examples = encode_problems(tokenizer, problems)
+    examples = encode_problems(tokenizer, problems, learn_prompt=True)
 
     with stages.stage("evaluate before"):
         before = judge(model)

@@ -15,13 +15,21 @@ IGNORED = -100
 Example = dict[str, list[int]]
 
 
-def encode_problems(tokenizer, problems: Sequence[Problem]) -> list[Example]:
-    """Tokenise problems; only the worked answer and the end token are labels."""
+def encode_problems(tokenizer, problems: Sequence[Problem], *, learn_prompt: bool = False) -> list[Example]:
+    """Tokenise problems, each with the end token.
+
+    Args:
+        tokenizer: Of the model.
+        problems: What to encode.
+        learn_prompt: Every token is a label, as in plain causal language modelling; otherwise the worked answer
+            and the end token only.
+    """
     examples = []
     for problem in problems:
         prompt = tokenizer(problem.prompt)["input_ids"]
         answer = tokenizer(problem.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        examples.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
+        labels = (prompt if learn_prompt else [IGNORED] * len(prompt)) + answer
+        examples.append({"input_ids": prompt + answer, "labels": labels})
     return examples
 
 
