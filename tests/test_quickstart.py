@@ -313,6 +313,11 @@ class TestRun:
         # A second run may replace the results of the first.
         check_output(settings.output)
 
+    def test_missing_extra_is_named(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("lora_null.quickstart.run.find_spec", lambda name: None if name == "gguf" else name)
+        with pytest.raises(ImportError, match=r"gguf.*lora_null\[quickstart\]"):
+            run(Settings(output=tmp_path, progress=False))
+
     def test_foreign_output_folder_is_left_alone(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")
         with pytest.raises(FileExistsError, match="earlier quickstart"):

