@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("command", nargs="?", default="run", choices=COMMANDS)
     it.add_argument("--only", action="append", default=[], metavar="QUESTION", help="ask this question; repeatable")
     it.add_argument("--provider", action="append", default=[], metavar="NAME", help="only this provider; repeatable")
+    it.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only cases with this parameter")
     it.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     it.add_argument("--full", action="store_true", help="also the cases that take longer than a coffee")
     it.add_argument("--minutes", type=float, default=None, help="start no further case after this time")
@@ -35,11 +36,11 @@ def check_names(kind: str, wished: list[str], known: list[str]) -> None:
     """Refuse names that do not exist.
 
     Raises:
-        ValueError: Lists the known names.
+        UsageError: Lists the known names.
     """
     unknown = [name for name in wished if name not in known]
     if unknown:
-        raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown))}; known are: {', '.join(known)}")
+        raise harness.UsageError(f"unknown {kind} {', '.join(map(repr, unknown))}; known are: {', '.join(known)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,17 +53,29 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     harness.log.setLevel(logging.INFO)
-    questions = registry()
+    questions = registry(arguments.device)
     providers = list(dict.fromkeys(p.name for question in questions.values() for p in question.providers()))
     try:
         check_names("question", arguments.only, list(questions))
         check_names("provider", arguments.provider, providers)
         if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu.")
+            raise harness.UsageError("--device cuda: torch finds no CUDA device; use --device cpu.")
         return _dispatch(arguments, questions)
-    except ValueError as error:
+    except harness.UsageError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+
+
+def parse_where(wishes: list[str]) -> dict[str, str]:
+    """Return case parameters by name, as text.
+
+    Raises:
+        UsageError: A wish is not of the form ``KEY=VALUE``.
+    """
+    malformed = [wish for wish in wishes if "=" not in wish]
+    if malformed:
+        raise harness.UsageError(f"--where {malformed[0]}: expected KEY=VALUE, for instance --where d=4096.")
+    return dict(wish.split("=", 1) for wish in wishes)
 
 
 def _dispatch(arguments: argparse.Namespace, questions: dict[str, harness.Question]) -> int:
@@ -103,6 +116,7 @@ def run(questions: list[harness.Question], arguments: argparse.Namespace) -> int
         output=arguments.output,
         full=arguments.full,
         providers=tuple(arguments.provider),
+        where=parse_where(arguments.where),
         # Calls on a GPU are a thousand times shorter; a quarter of the time still gives many samples.
         seconds_scale=scale if scale is not None else 0.25 if arguments.device == "cuda" else 1.0,
         deadline=started + 60 * arguments.minutes if arguments.minutes else float("inf"),

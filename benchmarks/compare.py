@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import environment, records, timing
-from .harness import Case, Question, log
+from .harness import Case, Question, UsageError, log
 from .report import describe_case, milliseconds
 
 # A median this much slower is a regression.
@@ -25,7 +25,7 @@ def worktree(reference: str) -> Iterator[Path]:
     """Check a commit out into a folder that is thrown away at the end.
 
     Raises:
-        ValueError: There is no such commit.
+        UsageError: There is no such commit.
     """
     root = environment.ROOT
 
@@ -33,7 +33,7 @@ def worktree(reference: str) -> Iterator[Path]:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
 
     if git("rev-parse", "--verify", "--quiet", f"{reference}^{{commit}}").returncode:
-        raise ValueError(
+        raise UsageError(
             f"--compare {reference!r}: git knows no such commit here. Name a branch, a tag or a commit, for instance "
             "main or HEAD~1, and fetch it first if it is on a remote."
         )
@@ -41,7 +41,7 @@ def worktree(reference: str) -> Iterator[Path]:
         tree = Path(folder) / "tree"
         added = git("worktree", "add", "--detach", str(tree), reference)
         if added.returncode:
-            raise ValueError(f"--compare {reference!r}: git worktree add failed: {added.stderr.strip()}")
+            raise UsageError(f"--compare {reference!r}: git worktree add failed: {added.stderr.strip()}")
         try:
             yield tree
         finally:

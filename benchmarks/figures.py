@@ -12,9 +12,9 @@ from pathlib import Path
 
 from . import plots, predictions, records, report
 from .environment import ROOT
-from .harness import Question
+from .harness import Question, UsageError
 from .questions import registry
-from .questions.growth import fitted_exponent
+from .questions.growth import fitted_exponent, joined
 
 MARKER = re.compile(r"(<!-- figures:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /figures:(?P=name) -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- figures:([\w-]+) -->")
@@ -95,7 +95,7 @@ def headline(entries: list[dict], gpu: bool) -> str:
 
 def growth_table(entries: list[dict], gpu: bool = False) -> str:
     """Return the fitted exponents of every solver beside those of the operation count."""
-    mine = [r for r in entries if r["question"] == "growth" and r["status"] == "ok" and on_gpu(r) == gpu]
+    mine = [r for r in joined(entries) if on_gpu(r) == gpu]
     if not mine:
         return _unmeasured("growth", gpu)
     rows = [("", "range", "exponent of time", "exponent of the written operation count", "seconds at the points")]
@@ -125,7 +125,7 @@ def figure(name: str, entries: list[dict]) -> str:
     """Return the Markdown of one figure.
 
     Raises:
-        ValueError: There is no figure of that name; lists the known ones.
+        UsageError: There is no figure of that name; lists the known ones.
     """
     gpu = name.endswith("-gpu")
     plain = name.removesuffix("-gpu")
@@ -140,18 +140,18 @@ def figure(name: str, entries: list[dict]) -> str:
     if plain in registry():
         return question_table(entries, registry()[plain], gpu)
     known = ["headline", "headline-gpu", "predictions", "plots", *registry(), *(f"{q}-gpu" for q in registry())]
-    raise ValueError(f"there is no figure {name!r}; known are: {', '.join(known)}")
+    raise UsageError(f"there is no figure {name!r}; known are: {', '.join(known)}")
 
 
 def fill(text: str, entries: list[dict]) -> str:
     """Return the text with every figure replaced by the recorded one.
 
     Raises:
-        ValueError: A figure is unknown, or its end marker is missing.
+        UsageError: A figure is unknown, or its end marker is missing.
     """
     opened, closed = OPENING.findall(text), [found["name"] for found in MARKER.finditer(text)]
     if opened != closed:
-        raise ValueError(
+        raise UsageError(
             f"figures {sorted(set(opened) - set(closed)) or opened} have no end marker; every <!-- figures:NAME --> "
             "needs a <!-- /figures:NAME --> after it."
         )

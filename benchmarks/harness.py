@@ -19,6 +19,10 @@ from .timing import Timed
 log = logging.getLogger("benchmarks")
 
 
+class UsageError(ValueError):
+    """The wish cannot be fulfilled; the message says why and what is possible."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One point of a question: a shape and a dtype, as JSON values."""
@@ -154,6 +158,7 @@ class Options:
     output: Any = records.DEFAULT_FILE
     full: bool = False
     providers: tuple[str, ...] = ()
+    where: dict[str, str] = field(default_factory=dict)
     seconds_scale: float = 1.0
     deadline: float = float("inf")  # on time.monotonic()
 
@@ -184,6 +189,8 @@ class Run:
     def ask(self, question: Question) -> None:
         """Measure every case of a question."""
         for case in question.cases(self.options.device, self.options.full):
+            if any(str(case.get(name)) != value for name, value in self.options.where.items()):
+                continue
             if time.monotonic() > self.options.deadline:
                 self.skipped.append(f"{question.name} {case}")
                 continue

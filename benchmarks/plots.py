@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import records, report
 from .questions import registry
-from .questions.growth import fitted_exponent
+from .questions.growth import fitted_exponent, joined
 
 FOLDER = records.RESULTS / "plots"
 COLOURS = {"ours": "#c4432b", "peer": "#8397a8", "floor": "#d9d9d9"}
@@ -27,11 +27,8 @@ def draw(entries: list[dict], folder: Path = FOLDER) -> list[Path]:
     written = []
     for name, question in registry().items():
         for gpu in (False, True):
-            mine = [
-                r
-                for r in entries
-                if r["question"] == name and r["status"] == "ok" and ("cuda" in r["environment"]) == gpu
-            ]
+            found = joined(entries) if name == "growth" else [r for r in entries if r["question"] == name]
+            mine = [r for r in found if r["status"] == "ok" and ("cuda" in r["environment"]) == gpu]
             if not mine:
                 continue
             path = folder / f"{name}{'-gpu' if gpu else ''}.svg"

@@ -121,11 +121,12 @@ def interleave(
     seconds: float,
     at_least: int = 3,
     at_most: int = 200,
+    patience: float = 60.0,
 ) -> dict[str, list[float]]:
     """Sample the calls in turns, so that a drifting clock meets all of them alike.
 
     Every call has an equal share of ``seconds``; the order rotates from round to round. A call slower than its
-    share still gets ``at_least`` samples.
+    share still gets ``at_least`` samples, unless they take more than ``patience`` seconds.
 
     Returns:
         Samples in milliseconds by name.
@@ -136,7 +137,11 @@ def interleave(
     share = seconds / max(1, len(names))
     for round_number in range(at_most):
         shift = round_number % max(1, len(names))
-        turn = [name for name in names[shift:] + names[:shift] if len(samples[name]) < at_least or spent[name] < share]
+        turn = [
+            name
+            for name in names[shift:] + names[:shift]
+            if spent[name] < share or (len(samples[name]) < at_least and spent[name] < patience)
+        ]
         if not turn:
             break
         for name in turn:

@@ -223,6 +223,20 @@ def test_no_case_starts_after_the_deadline(tmp_path):
     assert it.records == [] and it.skipped == ["addition n=1000"]
 
 
+def test_cases_can_be_chosen(tmp_path, capsys):
+    it = harness.Run(harness.Options(output=tmp_path / "r.jsonl", where={"n": "999"}))
+    it.ask(Addition())
+    assert it.records == []
+    assert suite("__main__").main(["--where", "nonsense"]) == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
+
+
+def test_a_very_slow_call_is_not_repeated():
+    calls = {"slow": timing.Timed(lambda: time.sleep(0.02)), "fast": timing.Timed(lambda: None)}
+    samples = timing.interleave(calls, timing.HostClock(), seconds=0, at_least=5, patience=0.01)
+    assert {name: len(values) for name, values in samples.items()} == {"slow": 1, "fast": 5}
+
+
 @pytest.mark.parametrize("option", ["--only", "--provider"])
 def test_unknown_names_list_the_known_ones(option, capsys):
     main = suite("__main__").main

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..harness import Question
 
 
-def registry() -> dict[str, Question]:
-    """Return the known questions."""
+def registry(device: str = "cpu") -> dict[str, Question]:
+    """Return the known questions in the order that suits the device."""
     from .covariance import Covariance
     from .factorize import Factorize
     from .growth import Growth
@@ -17,7 +17,7 @@ def registry() -> dict[str, Question]:
     from .null_space import NullSpaces
     from .training import TrainingStep
 
-    questions = (
+    on_gpu = (
         Linear(),
         TrainingStep(),
         Initialization(),
@@ -28,4 +28,8 @@ def registry() -> dict[str, Question]:
         Factorize(),
         Growth(),
     )
-    return {question.name: question for question in questions}
+    # A CPU is where null spaces are solved today, and where models are only cut-down ones.
+    on_cpu = ("null-space", "covariance", "factorize", "linear-group", "linear", "initialization", "growth")
+    named = {question.name: question for question in on_gpu}
+    first = () if device == "cuda" else on_cpu
+    return {name: named[name] for name in dict.fromkeys((*first, *named))}

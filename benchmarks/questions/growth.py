@@ -10,7 +10,10 @@ from .null_space import NullSpaces, _call, _eigh, _evr, _ours
 
 
 class Growth(NullSpaces):
-    """The solvers over a range of widths at r = 128, and over a range of ranks at d = 2048."""
+    """The solvers over a range of widths at r = 128, and over a range of ranks at d = 2048.
+
+    The points d = 2048, 4096 and 8192 at r = 128 are those of ``null-space``; tables and plots join the two.
+    """
 
     name = "growth"
     title = "Growth of the null-space cost with d and r"
@@ -18,8 +21,8 @@ class Growth(NullSpaces):
     memory = False
 
     def cases(self, device, full):
-        """Two sweeps that share the point d = 2048, r = 128."""
-        widths = [1024, 1448, 2048, 2896] + ([4096, 8192] if full or device == "cuda" else [])
+        """Two sweeps around d = 2048, r = 128."""
+        widths = [1024, 1448, 2896] + ([5793] if full or device == "cuda" else [])
         ranks = [16, 32, 64, 256]
         points = [(d, 128) for d in widths] + [(2048, r) for r in ranks]
         return [Case({"d": d, "r": r, "spectrum": "o"}) for d, r in points]
@@ -34,6 +37,19 @@ class Growth(NullSpaces):
                 requires=("scipy",), devices=("cpu",),
             ),
         ]  # fmt: skip
+
+
+def joined(entries: Iterable[dict]) -> list[dict]:
+    """Return the records of the sweeps: this question's and those of ``null-space`` on the same spectrum."""
+    solvers = {provider.name for provider in Growth().providers()}
+    return [
+        r
+        for r in entries
+        if r["question"] in ("growth", "null-space")
+        and r["status"] == "ok"
+        and r["provider"] in solvers
+        and r["case"].get("spectrum", "o") == "o"
+    ]
 
 
 def fitted_exponent(points: Iterable[tuple[float, float]]) -> float | None:
