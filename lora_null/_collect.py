@@ -88,7 +88,10 @@ class Collector:
 
     def _check_alignment(self, name: str, x: Tensor) -> None:
         mask = self._selection.mask
-        if mask is None or x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
+        if mask is None or (x.dim() == 2 and x.shape[0] == mask.numel()):
+            return
+        # an axis of one, for heads that share an input, leaves the rows in order
+        if [n for n in x.shape[:-1] if n != 1] == [n for n in mask.shape if n != 1]:
             return
         raise ValueError(
             f"Batch {self.batch} has padding, mask {tuple(mask.shape)}, but the input of {name} is {tuple(x.shape)}: "

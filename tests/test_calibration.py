@@ -488,6 +488,26 @@ def test_bad_input_gets_a_clear_error():
             calibrate(model, [ids], **{option: value})
 
 
+@pytest.mark.parametrize("layout", ["flat", "one head", "plain"])
+def test_rows_are_found_in_other_layouts(layout):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(VOCABULARY, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids, attention_mask=None):
+            x = self.embedding(input_ids)
+            return self.linear({"flat": x.flatten(0, 1), "one head": x[:, None], "plain": x}[layout])
+
+    model, [batch, *_] = Model(), padded_batches()
+    rows = model.embedding(batch["input_ids"])[batch["attention_mask"].bool()].detach()
+    for normalize in (None, "reference"):
+        got = calibrate(model, [batch], normalize=normalize)
+        assert got.tokens == {"linear": len(rows)}
+        if normalize is None:
+            torch.testing.assert_close(got["linear"], rows.T @ rows)
+
+
 def test_layers_whose_rows_are_not_tokens_refuse_padding():
     class Pooled(nn.Module):
         def __init__(self):
