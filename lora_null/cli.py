@@ -85,7 +85,7 @@ def quickstart(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for adapter and results.")] = Path(".quickstart"),
     r: Rank = 32,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each training run.")] = 24,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each training run.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Word problems per step.")] = 6,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both methods.")] = 3e-3,
     seed: Seed = 0,

@@ -59,7 +59,7 @@ class Settings:
     data: Path | None = None
     output: Path = Path(".quickstart")
     r: int = 32
-    steps: int = 24
+    steps: int = 32
     batch_size: int = 6
     learning_rate: float = 3e-3
     seed: int = 0
