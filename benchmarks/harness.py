@@ -166,6 +166,9 @@ class Options:
 class Run:
     """One run of the suite: measures, prints and records as results become known."""
 
+    # A call slower than this is not run once more for its memory.
+    slow_ms = 3000.0
+
     def __init__(self, options: Options):
         self.options = options
         self.records: list[dict] = []
@@ -204,13 +207,14 @@ class Run:
 
     def _measure(self, question: Question, case: Case) -> None:
         inputs = question.setup(case, self.options.device)
-        calls: dict[str, tuple[Provider, Call, Verdict | None]] = {}
+        calls: dict[str, tuple[Provider, Call, Verdict | None, int | None]] = {}
         for provider in self._present(question, case):
             base = self._base(question, case, provider)
             try:
                 call = provider.build(case, inputs)
                 # Without an output there is nothing to compare; one run still has to succeed.
-                output = call.output() if call.output is not None else next(iter(call.modes.values()))()
+                first = call.output if call.output is not None else next(iter(call.modes.values()))
+                peak, output = timing.peak_bytes(first, self.options.device)
             except Exception as error:
                 self._keep({**base, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]})
                 continue
@@ -223,15 +227,15 @@ class Run:
                 )
                 self._keep({**base, "status": "refused", "error": _finite(verdict.error), "reason": reason})
                 continue
-            calls[provider.name] = provider, call, verdict
-        modes = dict.fromkeys(mode for _, call, _ in calls.values() for mode in call.modes)
+            calls[provider.name] = provider, call, verdict, peak
+        modes = dict.fromkeys(mode for _, call, *_ in calls.values() for mode in call.modes)
         for mode in modes:
             for execution in self._executions(question):
                 self._time(question, case, mode, execution, calls)
 
     def _time(self, question: Question, case: Case, mode: str, execution: str, calls: dict) -> None:
         timed, failures = {}, {}
-        for name, (_, call, _) in calls.items():
+        for name, (_, call, *_) in calls.items():
             if mode not in call.modes:
                 continue
             it = call.modes[mode]
@@ -257,16 +261,18 @@ class Run:
         work = question.work(case, mode)
         limit = None if work is None or self.ceilings is None else self.ceilings.limit_ms(work)
         for name, values in samples.items():
-            provider, call, verdict = calls[name]
+            provider, call, verdict, memory = calls[name]
             times = timing.Times.of(values)
-            memory = timing.peak_bytes(timed[name], self.options.device) if question.memory else None
+            # The verified run may hold a copy more; a slow call is not run again to avoid that.
+            if question.memory and times.median_ms < self.slow_ms:
+                memory, _ = timing.peak_bytes(timed[name], self.options.device)
             record = {
                 **self._base(question, case, provider),
                 "mode": mode,
                 "execution": execution,
                 "status": "ok",
                 **{key: round(value, 6) for key, value in asdict(times).items()},
-                "peak_bytes": memory,
+                "peak_bytes": memory if question.memory else None,
                 **call.metrics,
                 **question.derived(case, call, mode, times.median_ms),
             }

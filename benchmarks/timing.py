@@ -121,7 +121,7 @@ def interleave(
     seconds: float,
     at_least: int = 3,
     at_most: int = 200,
-    patience: float = 60.0,
+    patience: float = 15.0,
 ) -> dict[str, list[float]]:
     """Sample the calls in turns, so that a drifting clock meets all of them alike.
 
@@ -172,30 +172,30 @@ def captured(timed: Timed) -> Timed:
     return Timed(replay)
 
 
-def peak_bytes(timed: Timed, device: str) -> int | None:
-    """Return the largest memory of one run above what was held before it, or ``None`` where it cannot be read.
+def peak_bytes(call: Callable[[], Any], device: str) -> tuple[int | None, Any]:
+    """Return the largest memory of one call above what was held before it, and what the call returned.
 
     CUDA: bytes allocated by torch. CPU: resident memory of the process, so libraries that allocate on their own
-    are counted too, in pages and therefore to about a megabyte.
+    are counted too, in pages and therefore to about a megabyte; ``None`` where the system does not tell.
     """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        timed()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before, result
     _trim()
     before = _status("VmRSS")
     try:
         # 5 resets the high-water mark (proc_pid_clear_refs(5)).
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return None
-    timed()
+        return None, call()
+    result = call()
     after = _status("VmHWM")
-    return None if before is None or after is None else max(0, after - before)
+    return None if before is None or after is None else max(0, after - before), result
 
 
 def _trim() -> None:

@@ -33,7 +33,6 @@ class NullSpaces(Question):
     name = "null-space"
     title = "Null space: r smallest eigenvectors of a covariance with a real spectrum, fp64"
     seconds = 9.0
-    memory = True
 
     def cases(self, device, full):
         """Widths of LLaMA models at r = 128."""
