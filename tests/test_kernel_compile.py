@@ -92,15 +92,6 @@ def test_shipped_configurations(monkeypatch, arch, dtype):
     assert not complaints, "\n".join(complaints)
 
 
-def test_addresses_are_64_bit(monkeypatch):
-    """A matrix of more than 2^31 elements is reached through 64-bit products of tile index and row stride."""
-    with intercepted(monkeypatch, "sm_80") as recorded:
-        x = empty(1 << 20, 28672, dtype=torch.bfloat16)
-        syrk.covariance_update(empty(28672, 28672, dtype=torch.float32), x)
-    assert "arith.muli" in (ttir := compile_for(recorded[0], "sm_80").asm["ttir"])
-    assert "i64" in ttir and "arith.extsi" in ttir
-
-
 def test_amd_target_compiles(monkeypatch):
     from triton.backends import backends
 

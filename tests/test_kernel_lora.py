@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from lora_null.kernels import config, lora, runtime
+from lora_null.kernels import config, lora, runtime, syrk
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -194,3 +194,27 @@ def test_padding_rows_and_columns_do_not_leak():
     assert torch.equal(lora.forward(x, weight[:72, :100], c.S, c.B, scaling=1.0), plain)
     assert torch.equal(lora.project(x, (c.A,))[0], lora.project(c.x, (c.A,))[0])
     assert torch.equal(lora.backward_dA(c.dS, x), lora.backward_dA(c.dS, c.x))
+
+
+def test_matrices_beyond_32_bit_offsets():
+    """x and dy with 2^31 elements between their first and last row; only the pages that are used exist."""
+    T, d, m, r, stride = 1040, 24, 40, 4, 1 << 21
+    c = Case(T, d, m, r, torch.float16)
+    # never written to as a whole, so not even the pages between the rows are there
+    storage = torch.UntypedStorage(T * stride * 2, device=DEVICE)
+    x, dy = (torch.tensor([], dtype=torch.float16, device=DEVICE) for _ in range(2))
+    x.set_(storage, 0, (T, d), (stride, 1)).copy_(c.x)
+    dy.set_(storage, 64, (T, m), (stride, 1)).copy_(c.dy)
+    assert (T - 1) * stride > 2**31
+    assert torch.equal(lora.project(x, (c.A,))[0], lora.project(c.x, (c.A,))[0])
+    y, near = (lora.forward(t, c.weight, c.S, c.B, scaling=1.0) for t in (x, c.x))
+    assert torch.equal(y, near)
+    for got, expected in zip(
+        lora.backward_dy(dy, c.S, c.B, scaling=1.0), lora.backward_dy(c.dy, c.S, c.B, scaling=1.0), strict=True
+    ):
+        assert torch.equal(got, expected)
+    assert torch.equal(lora.backward_dA(c.dS, x), lora.backward_dA(c.dS, c.x))
+    sums = [torch.zeros(d, d, device=DEVICE) for _ in range(2)]
+    syrk.covariance_update(sums[0], x)
+    syrk.covariance_update(sums[1], c.x)
+    assert torch.equal(sums[0].tril(), sums[1].tril())
