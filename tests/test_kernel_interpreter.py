@@ -27,6 +27,8 @@ def test_interpreted(name, least):
         text=True,
         cwd=Path(__file__).parents[1],
     )
+    if "only 0-dimensional arrays can be converted" in run.stdout:
+        pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4 or later")
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed and int(passed[1]) >= least, run.stdout[-2000:]

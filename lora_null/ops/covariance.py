@@ -82,7 +82,7 @@ def symmetrize_(C: Tensor) -> Tensor:
     return C
 
 
-def covariance_backend(x: Tensor, *, mask: Tensor | None = None, dtype: torch.dtype = torch.float32) -> str:
+def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
     """Return which of ``triton``, ``blocks`` and ``torch`` an update of a ``dtype`` C with ``x`` would take.
 
     Raises:
@@ -151,7 +151,7 @@ def _covariance_update(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     counts = None if mask is None else mask.reshape(-1)
     if rows.numel() == 0:
         return
-    name = covariance_backend(x, mask=mask, dtype=C.dtype)
+    name = covariance_backend(x, dtype=C.dtype)
     if name == "triton":
         from ..kernels import syrk
 
