@@ -19,7 +19,7 @@ namespace {
 constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Stop when the predicted excess is this part of tol: the prediction extrapolates a sequence of upper bounds.
-constexpr double kSafety = 0.3;
+constexpr double kSafety = 0.5;
 // Relative spread below which Ritz values count as one repeated eigenvalue.
 constexpr double kCluster = 1e-3;
 
