@@ -129,9 +129,18 @@ def adapter_report(
     factors = read_factors(folder / WEIGHTS)
     scaling = _plain_scaling(folder, config)
     rows = []
+    # Kept for each sharing group, whose layers are apart in the file: vectors are small, eigenproblems are not.
+    eigenvalues: dict[str, Tensor] = {}
     for name, (lora_A, lora_B) in tqdm(factors.items(), "updates", unit="layer", disable=not progress):
-        C = None if covariances is None else _covariance_for(name, lora_A, covariances)
-        rows.append(_measure(name, lora_A.double(), scaling * lora_B.double(), C))
+        factor_A, factor_B = lora_A.double(), scaling * lora_B.double()
+        if covariances is None:
+            rows.append(_measure(name, factor_A, factor_B))
+            continue
+        C = _covariance_for(name, lora_A, covariances)
+        key = covariances.group_of(name)
+        if key not in eigenvalues:
+            eigenvalues[key] = torch.linalg.eigvalsh(C)
+        rows.append(_measure(name, factor_A, factor_B, C, eigenvalues[key]))
     summary = {
         "base_model_name_or_path": config.get("base_model_name_or_path"),
         "r": config["r"],
@@ -146,15 +155,16 @@ def adapter_report(
     return summary, rows
 
 
-def row_space_energy(lora_A: Tensor, C: Tensor) -> float:
+def row_space_energy(lora_A: Tensor, C: Tensor, eigenvalues: Tensor | None = None) -> float:
     """Return ``tr(Q^T C Q)`` over its minimum, ``Q`` an orthonormal basis of the rows of ``lora_A (r, d)``.
 
-    The minimum over all subspaces of that dimension is the sum of the smallest eigenvalues (Ky Fan). Inf if the
-    minimum is below the rounding of ``C (d, d)`` in float32 and the subspace is not.
+    ``eigenvalues (d,)`` are those of ``C (d, d)``, ascending, if they are known already. The minimum over all
+    subspaces of that dimension is the sum of the smallest eigenvalues (Ky Fan). Inf if the minimum is below the
+    rounding of ``C`` in float32 and the subspace is not.
     """
     Q = _row_basis(lora_A.double())
     C = C.double()
-    eigenvalues = torch.linalg.eigvalsh(C)
+    eigenvalues = torch.linalg.eigvalsh(C) if eigenvalues is None else eigenvalues
     least = float(eigenvalues[: Q.shape[1]].clamp(min=0).sum())
     floor = _NOISE * float(eigenvalues[-1])
     caught = float((Q * (C @ Q)).sum())
@@ -184,13 +194,15 @@ def _covariance_for(name: str, lora_A: Tensor, covariances: Covariances) -> Tens
     return covariances[name].double()
 
 
-def _measure(name: str, lora_A: Tensor, lora_B: Tensor, C: Tensor | None) -> LayerUpdate:
+def _measure(
+    name: str, lora_A: Tensor, lora_B: Tensor, C: Tensor | None = None, eigenvalues: Tensor | None = None
+) -> LayerUpdate:
     (r, d), m = lora_A.shape, lora_B.shape[0]
     gram_B = lora_B.T @ lora_B
     norm_squared = max(0.0, float((gram_B * (lora_A @ lora_A.T)).sum()))
     row_energy = response = None
     if C is not None:
-        row_energy = row_space_energy(lora_A, C)
+        row_energy = row_space_energy(lora_A, C, eigenvalues)
         trace = float(C.trace())
         if norm_squared > 0 and trace > 0:
             response = float((gram_B * (lora_A @ C @ lora_A.T)).sum()) * d / (norm_squared * trace)
