@@ -106,11 +106,19 @@ def _reason_against(layer: lora.Linear, x: Tensor, args: tuple, kwargs: dict) ->
         return f"the variant {type(layer.lora_variant[name]).__name__}"
     if layer.lora_B[name].bias is not None or layer.fan_in_fan_out:
         return "lora_bias or fan_in_fan_out"
-    if layer.lora_A[name].weight.ndim != 2:
+    inner = (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name])
+    if any(module.weight.ndim != 2 for module in inner):
         return "flattened (FSDP1) parameters"
+    if any(_hooked(module) for module in inner):
+        return "hooks on a layer inside it, which the fused operation does not call"
     if x.device != layer.get_base_layer().weight.device:
         return "an offloaded base weight"
     return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _fall_back(reason: str) -> None:

@@ -105,6 +105,28 @@ def test_dtensors_take_plain_torch(tmp_path, caplog):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("inside", ["base_layer", "lora_A", "lora_B"])
+def test_hooks_inside_a_peft_layer_are_still_called(caplog, inside):
+    import peft
+
+    from lora_null.peft import use_fused_kernels
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(r=2, target_modules=["0"]))
+    assert use_fused_kernels(model).patched == 1
+    layer = model.base_model.model[0]
+    x, seen = operands()[0], []
+    assert "lora_null" in layer(x).grad_fn.name().lower()
+    module = getattr(layer, inside)
+    module = module if inside == "base_layer" else module["default"]
+    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    with caplog.at_level(logging.WARNING, "lora_null"):
+        layer(x)
+        layer(x)
+    assert seen == [1, 1] and caplog.text.count("hooks on a layer inside it") == 1
+    handle.remove()
+    assert "lora_null" in layer(x).grad_fn.name().lower()
+
+
 def test_defaults_without_measurements(monkeypatch):
     chosen = dispatch._choose("sm_00", 8192, 4096, 4096, 16, torch.bfloat16, False)
     assert {name for name, way in chosen.backends.items() if way == "triton"} == {"backward_dy"}

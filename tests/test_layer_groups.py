@@ -8,14 +8,26 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lora_null
 from lora_null.layers import attach_adapter
 from lora_null.ops import vendor
 from lora_null.projection_groups import share_projections
 
 D, M, R = 24, 20, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small are slower on two threads, and much slower beside another process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Attention(nn.Module):
@@ -385,3 +397,59 @@ def test_compiled_models_keep_their_gradients():
     compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")
     assert_same(gradients(shared, x, compiled), want, rtol=1e-10, atol=1e-10)
     assert group_of(shared)._entry is None
+
+
+CALLS = st.tuples(
+    st.sampled_from("qkv"),
+    st.integers(0, 1),  # which tensor
+    st.sampled_from(["plain", "plain", "no_grad", "checkpoint", "autocast", "view", "change first"]),
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(CALLS, min_size=1, max_size=8))
+def test_any_sequence_of_calls_gives_what_unshared_layers_give(calls):
+    plain, shared = pair()
+    results = []
+    for model in (plain, shared):
+        leaves = [tokens(3), tokens(3) * 0.5]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        inputs, outputs = [leaf * 1.0 for leaf in leaves], []
+        for name, which, how in calls:
+            layer, x = getattr(model[0], name), inputs[which]
+            if how == "no_grad":
+                with torch.no_grad():
+                    layer(x)
+            elif how == "checkpoint":
+                outputs.append(checkpoint(layer, x, use_reentrant=False))
+            elif how == "autocast":
+                with torch.autocast("cpu", torch.bfloat16):
+                    outputs.append(layer(x))
+            else:
+                # A tensor that a checkpoint will recompute from must stay as it was, with any layer.
+                if how == "change first" and not any((w, h) == (which, "checkpoint") for _, w, h in calls):
+                    x.add_(1.0)
+                outputs.append(layer(x[:] if how == "view" else x))
+        if outputs:
+            sum(y.sum() for y in outputs).backward()
+        adapters = [getattr(model[0], name).lora_B.weight.grad for name in "qkv"]
+        results.append([*outputs, *[leaf.grad for leaf in leaves], *adapters])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_initialised_and_loaded_models_share(calibrated, llama, tmp_path):
+    model, covariances = calibrated
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=4), progress=False)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    loaded = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True)
+    for adapted in (model, loaded):
+        block = adapted.model.layers[0]
+        sizes = [getattr(p, "size", None) for p in (layer.projection_group for layer in block.self_attn.children())]
+        assert sizes == [3, 3, 3, None]
+        assert block.mlp.gate_proj.projection_group is block.mlp.up_proj.projection_group is not None
+        assert block.mlp.down_proj.projection_group is None
+    merged = lora_null.merge(model)
+    assert all("projection_group" not in vars(module) for module in merged.modules())

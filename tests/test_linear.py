@@ -12,6 +12,15 @@ NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 BACKENDS = ("cublas", "torch")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small are slower on two threads, and much slower beside another process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def case(lead, d, m, r, dtype, *, factor_dtype=None, seed=0, grad=NAMES):
     """Inputs of an adapted linear with activation-like scales, by argument name."""
     g = torch.Generator().manual_seed(seed)

@@ -17,6 +17,15 @@ from lora_null.projection_groups import share_projections
 T, D, M, R = 60, 24, 36, 5
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small are slower on two threads, and much slower beside another process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Count(TorchDispatchMode):
     """Bytes read and written by every operator, and FLOPs of the products; views cost nothing."""
 
