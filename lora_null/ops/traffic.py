@@ -119,7 +119,7 @@ def linear_traffic(
     count = [itemsize * sum(sizes[name] for step in phase for name in operands(step)) for phase in (forward, backward)]
     flops = sum(2 * prod(dimensions[n] for n in p) for step in (*forward, *backward) for p in products(step))
     kept = 0 if path == "base" else itemsize * (sizes["S"] * projects + (0 if frozen_a else sizes["x"]))
-    return Traffic(*count, flops, kept)
+    return Traffic(count[0], count[1], flops, kept)
 
 
 def group_traffic(path: str, T: int, d: int, ms: Iterable[int], r: int, *, itemsize: int = 2) -> Traffic:
