@@ -81,7 +81,9 @@ class Factorize(Question):
             # fp32 singular vectors of a rank-r matrix: 1e-4 is their rounding, not an error of the method.
             Provider("published (full SVD)", _published, allowance=100.0),
             Provider("thin SVD in torch", _thin, only=lambda case: case["stage"] == "factors"),
-            Provider("eigh + thin SVD", _exact(_eigh), only=lambda case: case["stage"] == "solve"),
+            Provider(
+                "eigh + thin SVD", _exact(_eigh), devices=("cuda",), only=lambda case: case["stage"] == "solve"
+            ),
             Provider(
                 "evr + thin SVD", _exact(_evr), requires=("scipy",), devices=("cpu",),
                 only=lambda case: case["stage"] == "solve",

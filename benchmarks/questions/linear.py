@@ -57,7 +57,7 @@ class Linear(Question):
     name = "linear"
     title = "Adapted linear y = x W^T + (x A^T) B^T, W frozen"
     graphs = True
-    seconds = 5.0
+    seconds = 3.0
 
     def cases(self, device, full):
         """LLaMA layers; on a GPU those of Llama-3-8B and the width of Llama-3.2-1B."""

@@ -37,7 +37,7 @@ class LinearGroup(Question):
     name = "linear-group"
     title = "The linears of a sharing group with A frozen, forward and backward"
     graphs = True
-    seconds = 6.0
+    seconds = 5.0
 
     def cases(self, device, full):
         """q/k/v and gate/up of LLaMA models, and three square layers."""
