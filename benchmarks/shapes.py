@@ -72,6 +72,9 @@ class ModelShape:
             vocab_size=vocab_size or self.vocab_size,
             tie_word_embeddings=self.tied,
             max_position_embeddings=8192,
+            # transformers' own 0.02 makes attention nearly uniform at small widths: heads that share keys and values
+            # then give almost the same output, and its covariance is degenerate as no trained model's is.
+            initializer_range=self.hidden_size**-0.5,
             attn_implementation="sdpa",
         )
 

@@ -233,9 +233,32 @@ def test_cases_can_be_chosen(tmp_path, capsys):
 
 
 def test_a_very_slow_call_is_not_repeated():
-    calls = {"slow": timing.Timed(lambda: time.sleep(0.02)), "fast": timing.Timed(lambda: None)}
-    samples = timing.interleave(calls, timing.HostClock(), seconds=0, at_least=5, patience=0.01)
+    calls = {"slow": timing.Timed(lambda: time.sleep(0.6)), "fast": timing.Timed(lambda: None)}
+    samples = timing.interleave(calls, timing.HostClock(), seconds=0, at_least=5, patience=0.5)
     assert {name: len(values) for name, values in samples.items()} == {"slow": 1, "fast": 5}
+
+
+def test_the_verified_run_of_a_very_slow_call_is_its_sample(tmp_path, monkeypatch):
+    runs = []
+
+    class Slow(Addition):
+        def providers(self):
+            def build(case, x):
+                def run():
+                    runs.append(1)
+                    time.sleep(0.01)
+                    return 2 * x
+
+                return harness.Call({"run": timing.Timed(run)}, run)
+
+            return [harness.Provider("lora_null", build, role="ours")]
+
+    monkeypatch.setattr(harness.Run, "patient_ms", 5.0)
+    monkeypatch.setattr(harness.Run, "slow_ms", 5.0)
+    it = harness.Run(harness.Options(output=tmp_path / "r.jsonl"))
+    it.ask(Slow())
+    assert len(runs) == it.records[0]["samples"] == 1
+    assert it.records[0]["median_ms"] >= 10
 
 
 @pytest.mark.parametrize("option", ["--only", "--provider"])
