@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# What is measured; a change elsewhere makes no new measurement.
+LIBRARY = ("lora_null", "kernels", "csrc")
 _PACKAGES = ("triton", "transformers", "peft", "scipy", "liger-kernel", "unsloth", "axolotl")
 
 
@@ -23,11 +25,11 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of the source tree, marked where files other than results differ from it."""
-    head = _output("git", "rev-parse", "--short=12", "HEAD")
-    if head is None:
+    """Return the last commit that touched the library, marked where its files differ from it."""
+    head = _output("git", "log", "-1", "--format=%h", "--abbrev=12", "--", *LIBRARY)
+    if not head:
         return None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *LIBRARY)
     return f"{head}+changes" if changed else head
 
 
