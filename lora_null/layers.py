@@ -36,7 +36,7 @@ class LoraNullLinear(nn.Linear):
     Instances are made by :func:`attach_adapter`, which changes the class of an existing layer: parameters,
     hooks, state-dict names and every reference to the module stay as they are. Without ``initial_A`` and
     ``initial_B`` the base weight is the pre-trained one. With them it is ``W - s B0 A0``, and
-    ``delta_weight`` is measured from them.
+    ``low_rank_delta`` is measured from them.
 
     Attributes:
         lora_A: Down-projection factor; its ``weight`` is ``(r, d)``.
@@ -186,7 +186,7 @@ def detach_adapter(layer: LoraNullLinear) -> nn.Linear:
     for name in ("lora_A", "lora_B", "initial_A", "initial_B"):
         delattr(layer, name)
     if layer.projection_group is not None:
-        layer.projection_group.size -= 1
+        layer.projection_group.leave(layer)
     for name in ("scaling", "lora_dropout", "adapter_enabled", "projection_group"):
         layer.__dict__.pop(name, None)
     _set_class(layer, _base_class(type(layer)))

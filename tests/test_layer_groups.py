@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_null
-from lora_null.layers import attach_adapter
+from lora_null.layers import attach_adapter, detach_adapter
 from lora_null.ops import vendor
 from lora_null.projection_groups import share_projections
 
@@ -261,6 +261,18 @@ def test_a_projection_never_crosses_the_border_of_a_checkpoint(reentrant, inside
     x = tokens(5)
     want = gradients(plain, x, forward(plain, False))
     assert_same(gradients(shared, x, forward(shared, True)), want, rtol=1e-10, atol=1e-10)
+
+
+def test_too_few_tokens_to_pay_for_the_folding_are_not_shared(projections):
+    # (n - 1) T d > r sum(m): 2 * T * 24 > 4 * 44 from T = 4 on
+    shared = pair()[1]
+    for count, expected in ((3, 3), (4, 1)):
+        projections.clear()
+        shared(tokens(count))
+        assert sum(shape == (count, D) for shape, _ in projections) == expected
+    group = group_of(shared)
+    detach_adapter(shared[0].v)
+    assert (group.size, group.out_features) == (2, 32)
 
 
 def test_dropout_switches_sharing_off(projections):
