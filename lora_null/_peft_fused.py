@@ -75,7 +75,10 @@ def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
     patched: list[FusedLoraLinear] = []
     skipped: dict[str, int] = {}
     for module in peft_model.modules():
-        if not isinstance(module, lora.LoraLayer) or isinstance(module, FusedLoraLinear):
+        if not isinstance(module, lora.LoraLayer):
+            continue
+        if isinstance(module, FusedLoraLinear):
+            patched.append(module)
             continue
         base = module.get_base_layer()
         if type(module) is lora.Linear and type(base) is nn.Linear:

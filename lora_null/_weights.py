@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 
 import torch
@@ -35,18 +36,30 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     return dequantize_module_weight(linear).detach()
 
 
-def require_writable(name: str, linear: nn.Linear, wish: str) -> None:
-    """Refuse a layer whose weight cannot take an update in place, which is what ``wish`` needs."""
+def shared_weights(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that more than one module of ``model`` holds, such as tied embeddings."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {key for key, count in holders.items() if count > 1}
+
+
+def require_writable(name: str, linear: nn.Linear, wish: str, shared: Set[int] = frozenset()) -> None:
+    """Refuse a layer whose weight cannot take an update in place, which is what ``wish`` needs.
+
+    ``shared`` are the :func:`shared_weights` of its model.
+    """
     weight = linear.weight
-    if not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features):
+    if id(weight) in shared:
+        problem = "shares its weight with another module (tied weights), which would change along with it"
+    elif not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features):
         problem = f"is quantised ({type(linear).__name__}, {weight.dtype}), so that an update cannot be represented"
     elif getattr(getattr(linear, "_hf_hook", None), "offload", False):
         problem = "is offloaded, so that accelerate would load the old weight again at the next forward"
     else:
         return
     raise ValueError(
-        f"{wish} changes base weights, but {name} {problem}. Load the model in floating point and without offload for "
-        "this, or keep the base untouched: freeze_a=True while training, and the saved adapter afterwards."
+        f"{wish} changes base weights, but {name} {problem}. Load the model in floating point, without offload and "
+        "with weights of its own for this layer, or keep the base untouched: freeze_a=True while training, and the "
+        "saved adapter afterwards."
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import __version__
 from ._adapter_files import (
     OWN_CONFIG,
     PEFT_CONFIG,
@@ -21,13 +20,11 @@ from ._adapter_files import (
     tensor_names,
     write_json,
 )
-from ._weights import fingerprint, require_writable
+from ._weights import fingerprint, require_writable, shared_weights
 from .config import LoraNullConfig
 from .initialization import AdapterState, get_state, set_state, shift_base
 from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
 from .projection_groups import share_projections
-
-_FORMAT = 1
 
 
 def save_adapter(
@@ -59,14 +56,15 @@ def save_adapter(
     """
     layers = _require_layers(model)
     factors = {name: layer.low_rank_delta() for name, layer in layers.items()}
-    state = get_state(model)
+    some = next(iter(layers.values()))
+    state = get_state(model) or AdapterState(LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r))
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     write_adapter(
         Path(path),
         factors,
         target_modules=short_names(linear_names, factors),
         base_model_name_or_path=base_model_name_or_path or _base_name(model),
-        own=_own_config(state, layers),
+        own=state.to_dict(stacked=some.shifted),
         dtype=dtype,
         overwrite=overwrite,
     )
@@ -158,11 +156,17 @@ def load_adapter(
             f"({peft_config.get('base_model_name_or_path')!r}), unmerged and without other adapters, or pass "
             "verify_base=False if the difference is intended."
         )
-    config = LoraNullConfig.from_dict(own["config"]) if own else _config_of(peft_config)
-    shifted = bool(own) and not config.freeze_a and is_trainable
+    config = _config_of(peft_config, scaling, own)
+    shifted = bool(own.get("stacked")) and is_trainable
     if shifted:
+        shared = shared_weights(base_model)
         for name, linear in linears.items():
-            require_writable(name, linear, "Training A on")
+            require_writable(name, linear, "Training A on", shared)
+            if factors[name][0].shape[0] % 2:
+                raise ValueError(
+                    f"{folder / OWN_CONFIG} says that the adapter has the rank-2r form, but that of {name} has the odd "
+                    f"rank {factors[name][0].shape[0]}. The two files do not belong together; save the adapter again."
+                )
     base_model.requires_grad_(False)
     for name, linear in linears.items():
         lora_A, lora_B = (factor.to(linear.weight.device, adapter_dtype) for factor in factors[name])
@@ -190,8 +194,14 @@ def merge(model: nn.Module) -> nn.Module:
         The same model, with nothing of this package left on it.
     """
     layers = _require_layers(model)
+    shared = shared_weights(model)
     for name, layer in layers.items():
-        require_writable(name, layer, "Merging")
+        require_writable(name, layer, "Merging", shared)
+        if not (torch.isfinite(layer.lora_A.weight).all() and torch.isfinite(layer.lora_B.weight).all()):
+            raise ValueError(
+                f"The adapter of {name} holds NaN or Inf, so nothing was merged. The training run diverged; lower the "
+                "learning rate and start again from an earlier checkpoint."
+            )
     for layer in layers.values():
         # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
         shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
@@ -236,35 +246,18 @@ def _require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
     return layers
 
 
-def _own_config(state: AdapterState | None, layers: Mapping[str, LoraNullLinear]) -> dict:
-    some = next(iter(layers.values()))
-    config = state.config if state else LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r)
-    return own_config(config, state.base_fingerprint if state else None, state.energies if state else {})
-
-
-def own_config(config: LoraNullConfig, base_fingerprint: str | None, energies: Mapping[str, float]) -> dict:
-    """Return the contents of ``lora_null.json``."""
-    return {
-        "format": _FORMAT,
-        "version": __version__,
-        "config": config.to_dict(),
-        "base_fingerprint": base_fingerprint,
-        "energies": dict(energies),
-    }
-
-
 def _base_name(model: nn.Module) -> str | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return Path(name).name if name and os.path.isabs(name) else name
 
 
-def _config_of(peft_config: Mapping) -> LoraNullConfig:
-    return LoraNullConfig(
-        r=peft_config["r"],
-        lora_alpha=peft_config["lora_alpha"],
-        freeze_a=False,
-        lora_dropout=peft_config.get("lora_dropout", 0.0),
-    )
+def _config_of(peft_config: Mapping, scaling: float, own: Mapping) -> LoraNullConfig:
+    """Return the configuration that training goes on with."""
+    if own.get("config"):
+        return LoraNullConfig.from_dict(own["config"])
+    r = peft_config["r"]
+    dropout = peft_config.get("lora_dropout", 0.0)
+    return LoraNullConfig(r=r, lora_alpha=scaling * r, freeze_a=False, lora_dropout=dropout)
 
 
 def _plain_scaling(folder: Path, config: Mapping) -> float:

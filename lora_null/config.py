@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 ALL_LINEAR = "all-linear"
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _help(text: str, default):
@@ -39,13 +44,17 @@ class LoraNullConfig:
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}; expected a positive integer, for instance r=128.")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
+        if self.lora_alpha is not None and not (_is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf):
             raise ValueError(
                 f"lora_alpha is {self.lora_alpha!r}; expected a positive number, or None for lora_alpha = r."
             )
-        if not 0 <= self.lora_dropout < 1:
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; expected a probability in [0, 1).")
-        if not isinstance(self.target_modules, str):
+        if not isinstance(self.freeze_a, bool):
+            raise ValueError(f"freeze_a is {self.freeze_a!r}; expected True or False.")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}; expected an integer.")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not self.target_modules:
             raise ValueError('target_modules is empty; expected "all-linear", a regular expression or names.')

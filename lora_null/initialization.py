@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import __version__
 from ._logging import logger
-from ._weights import fingerprint, materialized, require_writable
+from ._weights import fingerprint, materialized, require_writable, shared_weights
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, divide, gather
@@ -39,6 +40,17 @@ class AdapterState:
     base_fingerprint: str | None = None
     energies: dict[str, float] = field(default_factory=dict)
 
+    def to_dict(self, *, stacked: bool = False) -> dict[str, Any]:
+        """Return the contents of ``lora_null.json``; ``stacked`` says that the adapter beside it has the 2r form."""
+        return {
+            "format": 1,
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "base_fingerprint": self.base_fingerprint,
+            "energies": dict(self.energies),
+            "stacked": stacked,
+        }
+
 
 def get_state(model: nn.Module) -> AdapterState | None:
     """Return what :func:`initialize` or ``load_adapter`` left on the model."""
@@ -46,13 +58,25 @@ def get_state(model: nn.Module) -> AdapterState | None:
 
 
 def set_state(model: nn.Module, state: AdapterState | None) -> None:
-    """Keep ``state`` on the model, or remove what is kept."""
+    """Keep ``state`` on the model, or remove what is kept.
+
+    A Hugging Face model carries it in its configuration as well, so that a trainer's checkpoint says what its
+    adapters are.
+    """
+    config: Any = getattr(model, "config", None)
     if state is not None:
         setattr(model, _STATE, state)
-    elif hasattr(model, _STATE):
+        if hasattr(config, "save_pretrained"):
+            config.lora_null = state.to_dict()
+        return
+    if hasattr(model, _STATE):
         delattr(model, _STATE)
+    if hasattr(config, "lora_null"):
+        del config.lora_null
 
 
+# Tensors made in inference mode could never be trained.
+@torch.inference_mode(False)
 def initialize(
     model: nn.Module,
     covariances: Covariances,
@@ -144,7 +168,8 @@ def solve(
         found: dict[str, NullSpace] = {}
         for r in sorted({ranks[key] for key in mine}):
             found.update(null_spaces(matrices(r), r, method=method, seed=seed, progress=progress))
-    solved = gather({key: (space, space.energy / traces[key]) for key, space in found.items()})
+    # Rounding can leave a singular matrix with a sum a little below zero.
+    solved = gather({key: (space, max(space.energy, 0.0) / traces[key]) for key, space in found.items()})
     return {key: solved[key][0] for key in ranks}, {key: solved[key][1] for key in ranks}
 
 
@@ -174,6 +199,20 @@ def check_width(name: str, linear: nn.Linear, size: int) -> None:
         )
 
 
+def warn_of_other_weights(linears: Mapping[str, nn.Linear], covariances: Covariances) -> None:
+    """Log a warning if the covariances were collected on weights other than those of ``linears``, by name."""
+    known = covariances.metadata.get("base_fingerprint")
+    members = {name for names in covariances.groups.values() for name in names}
+    if not known or not members <= set(linears):
+        return
+    found = fingerprint({name: linear for name, linear in linears.items() if name in members})
+    if found and found != known:
+        logger.warning(
+            "The covariances were collected on other weights than these: the shapes agree, the values do not. The null "
+            "spaces of another model protect nothing here; run lora_null.calibrate on this one."
+        )
+
+
 def _check(
     model: nn.Module, linears: Mapping[str, nn.Linear], covariances: Covariances, config: LoraNullConfig
 ) -> None:
@@ -182,6 +221,12 @@ def _check(
             f"The model carries {len(adapted)} lora_null adapters already, for instance on {next(iter(adapted))}. "
             "Merge them first (lora_null.merge), or start from a freshly loaded model."
         )
+    if any(name.endswith(".base_layer") for name in linears):
+        raise ValueError(
+            "The model carries PEFT adapters. Use lora_null.peft.initialize_lora_null_weights, or start from the model "
+            "without PEFT."
+        )
+    warn_of_other_weights({n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}, covariances)
     missing = [name for name in linears if name not in covariances]
     if missing:
         raise ValueError(
@@ -189,6 +234,7 @@ def _check(
             f"{missing[0]}; they were collected for another model or for fewer target_modules. Run "
             "lora_null.calibrate on this model with the same config."
         )
+    shared = shared_weights(model)
     for name, linear in linears.items():
         d, m = linear.in_features, linear.out_features
         check_width(name, linear, covariances.size(name))
@@ -198,4 +244,4 @@ def _check(
                 f"r <= {min(d, m)}, or leave the layer out through target_modules."
             )
         if not config.freeze_a:
-            require_writable(name, linear, "freeze_a=False")
+            require_writable(name, linear, "freeze_a=False", shared)

@@ -7,6 +7,7 @@ The usual order is ``get_peft_model``, :func:`initialize_lora_null_weights`, :fu
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from tqdm.auto import tqdm
 from ._adapter_files import OWN_CONFIG, read_json
 from ._logging import warn_once
 from ._peft_fused import FusedKernels, FusedLoraLinear, use_fused_kernels
-from ._weights import fingerprint, require_writable
-from .adapter import own_config, short_names, write_adapter
+from ._weights import fingerprint, require_writable, shared_weights
+from .adapter import short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .factors import factorize
@@ -79,8 +80,9 @@ def initialize_lora_null_weights(
     layers = lora_layers(peft_model, adapter_name)
     sources = {name: _covariance_name(name, covariances) for name in layers}
     ranks: dict[str, int] = {}
+    shared = shared_weights(peft_model)
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name, covariances.size(sources[name]), freeze_a)
+        _check_layer(name, layer, adapter_name, covariances.size(sources[name]), freeze_a, shared)
         key = covariances.group_of(sources[name])
         ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
     spaces, energies = solve(covariances, ranks, method=method, seed=seed, progress=progress)
@@ -150,6 +152,12 @@ def save_adapter(
         for name, layer in layers.items()
     }
     peft_config = _lora_config(peft_model, adapter_name)
+    if peft_config.modules_to_save or peft_config.bias != "none":
+        raise ValueError(
+            f"The adapter also trained modules_to_save={peft_config.modules_to_save!r}, bias={peft_config.bias!r}, "
+            "which a plain LoRA adapter cannot hold. With A frozen, use the model's own save_pretrained; otherwise "
+            "train without them."
+        )
     state = get_state(peft_model) or AdapterState(
         LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=False)
     )
@@ -159,7 +167,7 @@ def save_adapter(
         factors,
         target_modules=short_names(_linear_names(peft_model), factors),
         base_model_name_or_path=Path(base).name if base and os.path.isabs(base) else base,
-        own=own_config(state.config, state.base_fingerprint, state.energies),
+        own=state.to_dict(stacked=any(_INITIAL in layer.__dict__ for layer in layers.values())),
         dtype=dtype,
         overwrite=overwrite,
     )
@@ -195,7 +203,7 @@ def _linear_names(peft_model: PeftModel) -> set[str]:
 
 
 def _covariance_name(name: str, covariances: Covariances) -> str:
-    for candidate in (name, f"base_model.model.{name}.base_layer", f"base_model.model.{name}"):
+    for candidate in (name, f"{name}.base_layer", f"base_model.model.{name}.base_layer", f"base_model.model.{name}"):
         if candidate in covariances:
             return candidate
     raise ValueError(
@@ -204,12 +212,18 @@ def _covariance_name(name: str, covariances: Covariances) -> str:
     )
 
 
-def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: bool) -> None:
+def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: bool, shared: Set[int]) -> None:
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear) or not hasattr(layer.lora_A[adapter_name], "weight"):
         raise ValueError(
             f"{name} is {type(layer).__name__} on {type(base).__name__}; expected LoRA on a linear layer. Leave it out "
             "of the LoraConfig's target_modules."
+        )
+    if layer.merged or getattr(layer, _INITIAL, {}):
+        state = "has its adapter merged" if layer.merged else "was initialised with freeze_a=False before"
+        raise ValueError(
+            f"{name} {state}, so that its base weight is not the pre-trained one. Unmerge it (unmerge_adapter()), or "
+            "start from a freshly loaded model."
         )
     if adapter_name in getattr(layer, "lora_variant", {}):
         raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
@@ -218,7 +232,7 @@ def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: 
     if r > min(d, m):
         raise ValueError(f"r={r} is larger than min(d, m) = {min(d, m)} of {name}; choose a smaller r for it.")
     if not freeze_a:
-        require_writable(name, base, "freeze_a=False")
+        require_writable(name, base, "freeze_a=False", shared)
 
 
 @torch.no_grad()

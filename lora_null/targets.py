@@ -33,17 +33,27 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
         ValueError: The model has no linear layer, or a wish matches none.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # PEFT's own factors are linear layers too; only what they adapt counts.
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    inside = tuple(f"{name}.lora_" for name in adapted)
+    linears = {name: module for name, module in linears.items() if not name.startswith(inside)}
     heads = output_head_names(model)
     if not set(linears) - heads:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to adapt (found {len(linears)}, output heads aside). "
-            "Expected a model built of torch.nn.Linear; a model whose layers are quantised or replaced by "
-            "another library has to be adapted before that replacement."
+            "Expected a model built of torch.nn.Linear: layers of other kinds (GPT-2's Conv1D, experts fused into one "
+            "parameter, layers replaced by another library) cannot be adapted."
         )
     if target_modules == ALL_LINEAR:
         return {name: module for name, module in linears.items() if name not in heads}
     if isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is not a regular expression ({error}). For name suffixes "
+                "pass a list."
+            ) from None
         chosen = {name: module for name, module in linears.items() if pattern.fullmatch(name)}
         missing = [] if chosen else [target_modules]
     else:
@@ -55,6 +65,6 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
         endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise ValueError(
             f"target_modules names {missing}, which match no linear layer of {type(model).__name__}. Its linear "
-            f'layers end in {endings}; use one of these, a regular expression over whole names, or "all-linear".'
+            f'layers end in {endings}; use a list of these, a regular expression over whole names, or "all-linear".'
         )
     return chosen

@@ -148,6 +148,32 @@ def test_reads_an_ordinary_peft_adapter(llama, tmp_path):
     assert (loaded(ids()).logits - expected).norm() <= 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("r", [1, 3, 4])
+def test_an_ordinary_adapter_survives_training_on_and_saving(llama, tmp_path, r):
+    """It is not in the rank-2r form, although both of its factors are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", init_lora_weights=False)
+    peft_model = get_peft_model(llama(), config)
+    peft_model.save_pretrained(tmp_path / "first")
+    expected = peft_model(ids()).logits
+    for source, target in (("first", "second"), ("second", "third")):
+        model = lora_null.load_adapter(llama(), tmp_path / source, is_trainable=True)
+        assert all(layer.r == r and not layer.shifted for layer in adapter_layers(model).values())
+        assert all(layer.lora_A.weight.requires_grad for layer in adapter_layers(model).values())
+        assert (model(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
+        lora_null.save_adapter(model, tmp_path / target)
+
+
+def test_a_checkpoint_says_what_its_adapters_are(llama, token_batches, tmp_path):
+    model = trained(llama, token_batches, lora_alpha=9)
+    model.save_pretrained(tmp_path / "checkpoint")
+    kept = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["lora_null"]
+    assert kept["config"]["lora_alpha"] == 9 and kept["config"]["freeze_a"] is True and kept["base_fingerprint"]
+    lora_null.merge(model).save_pretrained(tmp_path / "merged")
+    assert "lora_null" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
 def test_names_are_whole_where_endings_would_select_more(llama, token_batches, tmp_path):
     from peft import PeftModel
 

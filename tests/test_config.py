@@ -28,3 +28,20 @@ def test_survives_its_own_dictionary_and_newer_keys():
 def test_impossible_values_are_refused_by_name(arguments, named):
     with pytest.raises(ValueError, match=named):
         LoraNullConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lora_alpha": "a"},
+        {"lora_alpha": float("inf")},
+        {"lora_dropout": None},
+        {"freeze_a": "yes"},
+        {"seed": "a"},
+        {"target_modules": None},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_values_of_the_wrong_type_are_refused_by_name(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} is"):
+        LoraNullConfig(**arguments)

@@ -298,3 +298,42 @@ class TestBadInput:
         lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
         with pytest.raises(ValueError, match="14 lora_null adapters already"):
             lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
+
+    def test_covariances_of_other_weights_are_noticed(self, llama, calibrated, caplog):
+        lora_null.initialize(llama(seed=5), calibrated[1], lora_null.LoraNullConfig(r=2), progress=False)
+        assert "collected on other weights" in caplog.text
+        caplog.clear()
+        lora_null.initialize(
+            llama(), calibrated[1], lora_null.LoraNullConfig(r=2, target_modules=["q_proj"]), progress=False
+        )
+        assert "other weights" not in caplog.text
+
+    def test_an_invalid_regular_expression(self, calibrated):
+        self.refused(*calibrated, lora_null.LoraNullConfig(r=2, target_modules="["), "not a regular expression")
+
+    def test_tied_weights_cannot_be_shifted_or_merged(self, llama, token_batches):
+        model = llama(tie_word_embeddings=True)
+        config = lora_null.LoraNullConfig(r=2, target_modules=["lm_head", "q_proj"])
+        covariances = lora_null.calibrate(model, token_batches(), config, progress=False)
+        shifted = lora_null.LoraNullConfig(r=2, target_modules=["lm_head", "q_proj"], freeze_a=False)
+        self.refused(model, covariances, shifted, "lm_head shares its weight with another module")
+        lora_null.initialize(model, covariances, config, progress=False)
+        expected = train(model, steps=2)(ids()).logits
+        with pytest.raises(ValueError, match="Merging changes base weights, but lm_head shares"):
+            lora_null.merge(model)
+        assert torch.equal(model(ids()).logits, expected)
+
+    def test_a_diverged_adapter_is_not_merged(self, calibrated):
+        model, covariances = calibrated
+        lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
+        layer = adapter_layers(model)["model.layers.1.mlp.up_proj"]
+        layer.lora_B.weight.data[0] = float("nan")
+        with pytest.raises(ValueError, match=r"up_proj holds NaN or Inf, so nothing was merged"):
+            lora_null.merge(model)
+        assert len(adapter_layers(model)) == 14
+
+    def test_inference_mode_does_not_spoil_training(self, calibrated):
+        model, covariances = calibrated
+        with torch.inference_mode():
+            lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
+        train(model, steps=2)

@@ -205,3 +205,41 @@ class TestBadInput:
     def test_a_rank_above_the_smallest_side(self, llama, covariances):
         with pytest.raises(ValueError, match="r=25 is larger than"):
             lora_null_peft.initialize_lora_null_weights(peft_llama(llama, r=25), covariances, progress=False)
+
+    @pytest.mark.parametrize("again", [True, False], ids=["frozen_a", "trained_a"])
+    def test_a_base_that_is_shifted_already(self, llama, covariances, again):
+        model = peft_llama(llama)
+        lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=False, progress=False)
+        before = model(ids()).logits
+        with pytest.raises(ValueError, match="was initialised with freeze_a=False before"):
+            lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=again, progress=False)
+        assert torch.equal(model(ids()).logits, before)
+
+    def test_a_merged_adapter(self, llama, covariances):
+        model = peft_llama(llama, init_lora_weights=False)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="has its adapter merged"):
+            lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
+
+    def test_what_a_plain_adapter_cannot_hold_is_not_dropped(self, llama, covariances, tmp_path):
+        model = peft_llama(llama, modules_to_save=["lm_head"])
+        lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
+        with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\]"):
+            lora_null_peft.save_adapter(model, tmp_path / "adapter")
+
+    def test_a_plain_model_with_peft_adapters(self, llama, covariances, token_batches):
+        model = peft_llama(llama)
+        own = lora_null.calibrate(model, token_batches(), progress=False)
+        assert len(own) == len(covariances)
+        with pytest.raises(ValueError, match="initialize_lora_null_weights"):
+            lora_null.initialize(model, own, lora_null.LoraNullConfig(r=2), progress=False)
+        lora_null_peft.initialize_lora_null_weights(model, own, progress=False)
+
+
+def test_fusing_twice_can_still_be_undone(llama):
+    model = peft_llama(llama)
+    lora_null_peft.use_fused_kernels(model)
+    handle = lora_null_peft.use_fused_kernels(model)
+    assert handle.patched == 14
+    handle.undo()
+    assert {type(module) for module in model.modules() if isinstance(module, lora.LoraLayer)} == {lora.Linear}

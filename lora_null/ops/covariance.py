@@ -89,7 +89,7 @@ def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
         ValueError: for an unknown ``LORA_NULL_COVARIANCE_BACKEND``.
         RuntimeError: under ``LORA_NULL_STRICT=1`` if the forced or preferred kernel cannot take the call.
     """
-    name = os.environ.get("LORA_NULL_COVARIANCE_BACKEND", "auto")
+    name = os.environ.get("LORA_NULL_COVARIANCE_BACKEND") or "auto"
     if name not in BACKENDS:
         raise ValueError(
             f"LORA_NULL_COVARIANCE_BACKEND={name!r} is unknown, expected one of {', '.join(BACKENDS)}; "

@@ -82,7 +82,7 @@ def explain(
 
 def requested_backend() -> str:
     """Return the value of ``LORA_NULL_LINEAR_BACKEND``: ``auto``, ``triton``, ``cublas`` or ``torch``."""
-    value = os.environ.get("LORA_NULL_LINEAR_BACKEND", "auto")
+    value = os.environ.get("LORA_NULL_LINEAR_BACKEND") or "auto"
     if value not in ("auto", "triton", "cublas", "torch"):
         raise ValueError(
             f"LORA_NULL_LINEAR_BACKEND is {value!r}; expected auto, triton, cublas or torch. Unset it for auto."

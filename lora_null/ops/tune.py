@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels import lora
-from ..kernels.config import architecture, tuned_path
+from ..kernels.config import architecture, save_tuned, tuned_path
 from . import vendor
 from .dispatch import PRODUCTS
 
@@ -72,12 +72,7 @@ def write(arch: str, entries: list[dict]) -> str:
     data = json.loads(path.read_text()) if path.exists() else {}
     dtypes = {entry["dtype"] for entry in entries}
     kept = [e for e in data.get("dispatch", {}).get("linear", []) if e["dtype"] not in dtypes]
-    data.setdefault("dispatch", {})["linear"] = kept + entries
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
-    return str(path)
+    return str(save_tuned(arch, {"dispatch": {"linear": kept + entries}}))
 
 
 def main() -> None:
