@@ -17,9 +17,21 @@ ANSWER_FIELDS = ("answer", "completion", "response", "output")
 
 
 def choose_device(device: str = "auto") -> str:
-    """Return ``device``, where ``"auto"`` means a CUDA device if there is one."""
+    """Return ``device``, where ``"auto"`` means a CUDA device if there is one.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Also what a torch without CUDA, or a machine with fewer devices, answers; each in another exception.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device is {device!r}, which cannot be used here ({reason}); expected auto, cpu, cuda or cuda:N."
+        ) from None
     return device
 
 
@@ -32,13 +44,14 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> tupl
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
 
     Raises:
-        ValueError: No such model, or no such dtype.
+        ValueError: No such model, dtype or device.
     """
     from transformers import AutoModelForCausalLM
 
+    chosen, device = parse_dtype(dtype) or "auto", choose_device(device)
     tokenizer = load_tokenizer(model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=parse_dtype(dtype) or "auto")
-    return loaded.to(choose_device(device)).eval(), tokenizer
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
+    return loaded.to(device).eval(), tokenizer
 
 
 def load_tokenizer(model: str) -> Any:
@@ -99,6 +112,13 @@ def read_texts(data: str | Path, *, field: str | None = None) -> list[str]:
     return texts
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Raise a ValueError for a size below 1; None is no limit."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; expected a positive integer.")
+
+
 def token_batches(
     tokenizer: Any,
     texts: Sequence[str],
@@ -115,8 +135,9 @@ def token_batches(
     little is padded.
 
     Raises:
-        ValueError: The documents have no token.
+        ValueError: The documents have no token, or a size is not positive.
     """
+    check_sizes(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
     order = list(range(len(texts)))
     if max_tokens is not None:
         random.Random(seed).shuffle(order)

@@ -33,10 +33,13 @@ def calibrate(
 ) -> None:
     """Sum the activation covariances of a model over calibration text."""
     from . import LoraNullConfig
-    from ._cli_inputs import load_model, read_texts, token_batches
+    from ._cli_inputs import check_sizes, load_model, read_texts, token_batches
     from .calibration import calibrate as run
 
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
     refuse_existing(output, overwrite)
+    check_sizes(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
     texts = read_texts(data, field=field)
     config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -71,6 +74,7 @@ def init(
     lora_alpha: Annotated[float | None, typer.Option(help="Scaling is lora_alpha / r; default r.")] = None,
     target_modules: Targets = "all-linear",
     freeze_a: Annotated[bool, typer.Option("--freeze-a/--no-freeze-a", help="Train only lora_B.")] = True,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.0,
     method: Annotated[Method, typer.Option(help="How the null spaces are computed.")] = Method.auto,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -85,12 +89,14 @@ def init(
     from .adapter import save_adapter
     from .initialization import initialize
 
+    refuse_below_file(output)
     check_target(output, overwrite)
     config = LoraNullConfig(
         r=r,
         lora_alpha=lora_alpha,
         target_modules=parse_targets(target_modules),
         freeze_a=freeze_a,
+        lora_dropout=lora_dropout,
         seed=seed,
     )
     loaded_covariances = Covariances.load(covariances)
@@ -120,6 +126,7 @@ def export(
     from ._cli_inputs import parse_dtype
     from .export import export_adapter
 
+    refuse_below_file(output)
     check_target(output, overwrite)
     r = export_adapter(
         checkpoint,
@@ -144,9 +151,10 @@ def merge(
     from ._cli_inputs import load_model
     from .adapter import load_adapter
     from .adapter import merge as fold
-    from .export import save_merged
+    from .export import check_merge_target, save_merged
 
-    refuse_existing(output, overwrite)
+    refuse_below_file(output)
+    check_merge_target(output, overwrite=overwrite, inputs=(model, adapter))
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
     typer.echo(f"{output}: merged model.")
@@ -154,5 +162,13 @@ def merge(
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """Refuse before any work is done, not after."""
+    refuse_below_file(output)
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists already. Choose another path, or pass --overwrite to replace it.")
+
+
+def refuse_below_file(output: Path) -> None:
+    """Refuse an output whose folder cannot be made, because a file has its name."""
+    nearest = next((parent for parent in output.parents if parent.exists()), None)
+    if nearest is not None and not nearest.is_dir():
+        raise NotADirectoryError(f"{output} cannot be written: {nearest} is a file. Choose another path.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Annotated
 
@@ -31,5 +32,12 @@ def parse_targets(target_modules: str) -> str | tuple[str, ...]:
     """Read ``q_proj,v_proj`` as two suffixes; a single word without a dot or bracket is one suffix too."""
     names = tuple(name.strip() for name in target_modules.split(",") if name.strip())
     if target_modules == "all-linear" or any(sign in target_modules for sign in r"\*+?()[]|^$"):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules is {target_modules!r}, which is no regular expression ({error}); expected all-linear, "
+                "a regular expression over whole names, or suffixes with commas."
+            ) from None
         return target_modules
     return names

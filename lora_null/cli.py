@@ -48,6 +48,10 @@ def inspect(
         loaded = None if covariances is None else Covariances.load(covariances)
         print_adapter(*adapter_report(path, loaded, progress=progress), as_json=json)
     else:
+        if covariances is not None:
+            raise ValueError(
+                f"covariances is {covariances}, but {path} is no folder; the option goes with an adapter folder."
+            )
         loaded = Covariances.load(path)
         print_spectra(loaded, spectrum_report(loaded, r, progress=progress), r, as_json=json)
 

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,30 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ._adapter_files import OWN_CONFIG, PEFT_CONFIG, WEIGHTS, read_factors, read_json
+from ._logging import logger
 from .adapter import _plain_scaling, short_names, write_adapter
+from .config import LoraNullConfig
 from .layers import stack_delta
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _PARTS = ("lora_A", "lora_B", "initial_A", "initial_B")
+# Where initialize() and load_adapter() leave the contents of lora_null.json in a model's own configuration.
+_CONFIG_KEY = "lora_null"
+# The files of a merged checkpoint. A folder that holds anything else is the user's and is never replaced.
+_MERGED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    _INDEX,
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+)
 
 
 def export_adapter(
@@ -41,7 +60,8 @@ def export_adapter(
         output: The adapter folder to write; it appears whole or not at all.
         dtype: Of the tensors on disk; the default is fp32. Where A was trained, the factors are stacked so that
             rounding them costs no more than their own precision.
-        lora_alpha: Of the run, for a trainer's checkpoint, which does not hold it; the default is ``r``.
+        lora_alpha: Of the run, for a trainer's checkpoint; the default is what its ``config.json`` states under
+            ``lora_null``, and ``r`` with a warning where it states nothing.
         base_model_name_or_path: Written for the reader's information.
         overwrite: Replace an existing adapter folder.
 
@@ -75,27 +95,58 @@ def export_adapter(
     return max(lora_A.shape[0] for lora_A, _ in source.factors.values())
 
 
-def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Write a model folder that appears whole or not at all.
+def check_merge_target(path: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> None:
+    """Refuse a folder that must not be replaced by a merged model: one with other files, or one of the ``inputs``.
 
     Raises:
-        FileExistsError: ``output`` exists, and ``overwrite`` is not set or it is no model folder.
+        ValueError: ``path`` is one of the ``inputs``, links followed.
+        FileExistsError: ``path`` exists, and ``overwrite`` is not set or it holds more than a merged model.
     """
-    path = Path(output)
+    for source in map(Path, inputs):
+        if source.exists() and source.resolve() == path.resolve():
+            raise ValueError(f"{path} is the folder {source} that the merge reads. Choose another output folder.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already. Choose another folder, or pass --overwrite to replace it.")
     if path.exists() and not ((path / "config.json").exists() or (path.is_dir() and not any(path.iterdir()))):
         raise FileExistsError(f"{path} is not a model folder (no config.json); it is not overwritten.")
+    foreign = sorted(entry.name for entry in path.iterdir() if not _is_merged_file(entry)) if path.exists() else []
+    if foreign:
+        raise FileExistsError(
+            f"{path} holds {foreign[:3]}{' and more' if len(foreign) > 3 else ''}, which are no files of a merged "
+            "model and which overwriting would delete. Move them away, or choose another folder."
+        )
+
+
+def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a model folder that appears whole or not at all.
+
+    Raises:
+        FileExistsError: ``output`` exists, and ``overwrite`` is not set or it holds more than a merged model.
+    """
+    path = Path(output)
+    check_merge_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         model.save_pretrained(work / "model")
         tokenizer.save_pretrained(work / "model")
-        if path.exists():
+        # Again: the model may have taken minutes to write.
+        check_merge_target(path, overwrite=overwrite)
+        replaced = path.exists()
+        if replaced:
             os.rename(path, work / "old")
-        os.rename(work / "model", path)
+        try:
+            os.rename(work / "model", path)
+        except BaseException:
+            if replaced:
+                os.rename(work / "old", path)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_merged_file(entry: Path) -> bool:
+    return entry.is_file() and any(fnmatchcase(entry.name, pattern) for pattern in _MERGED_FILES)
 
 
 @dataclass(frozen=True)
@@ -145,16 +196,42 @@ def _from_checkpoint(folder: Path, lora_alpha: float | None) -> _Source:
             f"{folder} holds no lora_A and lora_B: it is a plain or merged model. Expected a checkpoint of a model "
             "patched by lora_null.initialize, saved before lora_null.merge."
         )
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    stated = _stated_config(folder, config)
+    if stated is None and lora_alpha is None:
+        logger.warning(
+            f"{folder / 'config.json'} does not state the scaling of the run (no {_CONFIG_KEY!r}); lora_alpha = r is "
+            "assumed. If the run had another lora_alpha, the exported adapter is wrong: pass it (--lora-alpha)."
+        )
+    if stated is not None and lora_alpha is not None:
+        stated = replace(stated, lora_alpha=lora_alpha)
     factors = {}
     for module, parts in tensors.items():
         if not {"lora_A", "lora_B"} <= set(parts) or ("initial_A" in parts) != ("initial_B" in parts):
             raise ValueError(f"{folder}: the adapter of {module} is incomplete, it has only {sorted(parts)}.")
         lora_A, lora_B = parts["lora_A"], parts["lora_B"]
-        scaling = 1.0 if lora_alpha is None else lora_alpha / lora_A.shape[0]
+        if stated is not None and lora_alpha is None:
+            scaling = stated.scaling
+        else:
+            scaling = 1.0 if lora_alpha is None else lora_alpha / lora_A.shape[0]
         initial = (parts["initial_A"], parts["initial_B"]) if "initial_A" in parts else None
         factors[module] = stack_delta(lora_A, lora_B, scaling, initial)
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    return _Source(factors, short_names(weights, factors), config.get("_name_or_path"), {})
+    own = {}
+    if stated is not None:
+        stacked = any("initial_A" in parts for parts in tensors.values())
+        own = {**config[_CONFIG_KEY], "config": stated.to_dict(), "stacked": stacked}
+    return _Source(factors, short_names(weights, factors), config.get("_name_or_path"), own)
+
+
+def _stated_config(folder: Path, config: dict) -> LoraNullConfig | None:
+    if config.get(_CONFIG_KEY) is None:
+        return None
+    try:
+        return LoraNullConfig.from_dict(config[_CONFIG_KEY]["config"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: the entry {_CONFIG_KEY!r} is damaged ({error}); save the checkpoint again."
+        ) from None
 
 
 def _shards(folder: Path) -> list[Path]:

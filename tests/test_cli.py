@@ -179,6 +179,52 @@ class TestCommands:
         reloaded = PeftModel.from_pretrained(load(folder), folder / "plain")
         torch.testing.assert_close(logits(reloaded), expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("freeze_a", [True, False])
+    @pytest.mark.parametrize("given", [(), ("--lora-alpha", 6)])
+    def test_export_takes_scaling_and_mode_from_the_checkpoint(self, calibrated_folder, run, caplog, freeze_a, given):
+        folder = calibrated_folder
+        config = lora_null.LoraNullConfig(r=4, lora_alpha=6, freeze_a=freeze_a, lora_dropout=0.1)
+        covariances = lora_null.Covariances.load(folder / "cov")
+        model = lora_null.initialize(load(folder), covariances, config, progress=False).eval()
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = logits(model)
+        model.save_pretrained(folder / "checkpoint")
+        written = json.loads((folder / "checkpoint" / "config.json").read_text())
+        # An explicit --lora-alpha wins over what the checkpoint states.
+        stated = {**config.to_dict(), "lora_alpha": 999 if given else 6}
+        own = {"format": 1, "version": "0", "config": stated, "base_fingerprint": None, "energies": {"a": 0.5}}
+        written["lora_null"] = own
+        (folder / "checkpoint" / "config.json").write_text(json.dumps(written))
+        caplog.clear()
+        code, _, err = run("export", folder / "checkpoint", folder / "plain", *given)
+        assert code == 0, err
+        assert "lora_alpha" not in caplog.text
+        kept = json.loads((folder / "plain" / "lora_null.json").read_text())
+        assert kept == {**own, "config": config.to_dict(), "stacked": not freeze_a}
+        reloaded = lora_null.load_adapter(load(folder), folder / "plain", is_trainable=True).eval()
+        torch.testing.assert_close(logits(reloaded), expected, rtol=1e-4, atol=1e-5)
+        written["lora_null"] = {"config": {"r": "many"}}
+        (folder / "checkpoint" / "config.json").write_text(json.dumps(written))
+        code, _, err = run("export", folder / "checkpoint", folder / "other")
+        assert code == 2 and "damaged" in err
+
+    def test_export_of_a_checkpoint_without_scaling_warns(self, calibrated_folder, run, caplog):
+        folder = calibrated_folder
+        covariances = lora_null.Covariances.load(folder / "cov")
+        model = lora_null.initialize(load(folder), covariances, lora_null.LoraNullConfig(r=4), progress=False)
+        model.save_pretrained(folder / "checkpoint")
+        written = json.loads((folder / "checkpoint" / "config.json").read_text())
+        written.pop("lora_null", None)
+        (folder / "checkpoint" / "config.json").write_text(json.dumps(written))
+        assert run("export", folder / "checkpoint", folder / "plain")[0] == 0
+        assert "lora_alpha = r is assumed" in caplog.text
+        caplog.clear()
+        assert run("export", folder / "checkpoint", folder / "given", "--lora-alpha", 4)[0] == 0
+        assert not caplog.text
+
     def test_inspect_covariances(self, calibrated_folder, run):
         code, out, _ = run("inspect", calibrated_folder / "cov", "--r", 4)
         assert code == 0
@@ -248,6 +294,62 @@ class TestRefusals:
         self.refused(run, *merge[:3], folder / "mine", "--overwrite", match="not a model folder")
         assert (folder / "mine" / "notes.txt").read_text() == "keep"
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+    @pytest.mark.parametrize("name", ["notes.txt", "checkpoint-5/state.json"])
+    def test_merge_keeps_other_files(self, calibrated_folder, run, name):
+        folder = calibrated_folder
+        run("init", folder / "model", folder / "cov", folder / "adapter", "--r", 4)
+        merge = ("merge", folder / "model", folder / "adapter")
+        assert run(*merge, folder / "merged")[0] == 0
+        mine = folder / "merged" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("keep")
+        self.refused(run, *merge, folder / "merged", "--overwrite", match=name.split("/")[0])
+        assert mine.read_text() == "keep"
+
+    def test_merge_onto_its_inputs(self, calibrated_folder, run):
+        folder = calibrated_folder
+        run("init", folder / "model", folder / "cov", folder / "adapter", "--r", 4)
+        merge = ("merge", folder / "model", folder / "adapter")
+        before = {path: path.read_bytes() for path in folder.glob("*/*")}
+        (folder / "link").symlink_to(folder / "model")
+        for output in ("model", "adapter", "link", "model/../model"):
+            self.refused(run, *merge, folder / output, "--overwrite", match="that the merge reads")
+        (folder / "link").unlink()
+        assert {path: path.read_bytes() for path in folder.glob("*/*")} == before
+
+    def test_devices_and_expressions(self, calibrated_folder, run):
+        folder = calibrated_folder
+        init = ("init", folder / "model", folder / "cov", folder / "out", "--r", 4)
+        self.refused(run, *init, "--device", "foo", match="device is 'foo'")
+        self.refused(run, *init, "--device", "cuda:99", match="device is 'cuda:99'")
+        self.refused(run, *init, "--target-modules", "[", match="no regular expression")
+        calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--output", folder / "out")
+        self.refused(run, *calibrate, "--target-modules", "(", match="no regular expression")
+        assert not (folder / "out").exists()
+
+    def test_output_that_cannot_be_written(self, calibrated_folder, run, monkeypatch):
+        folder = calibrated_folder
+        monkeypatch.setattr("lora_null._cli_inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
+        calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt")
+        self.refused(run, *calibrate, "--output", folder / "model", "--overwrite", match="is a folder")
+        below = folder / "text.txt" / "below" / "out"
+        self.refused(run, *calibrate, "--output", below, match="text.txt is a file")
+        self.refused(run, "init", folder / "model", folder / "cov", below, match="text.txt is a file")
+        self.refused(run, "merge", folder / "model", folder / "cov", below, match="text.txt is a file")
+        self.refused(run, "export", folder / "model", below, match="text.txt is a file")
+
+    def test_sizes_and_options_without_effect(self, calibrated_folder, run):
+        folder = calibrated_folder
+        calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--output", folder / "out")
+        for name in ("batch-size", "sequence-length", "max-tokens"):
+            self.refused(run, *calibrate, f"--{name}", 0, match=f"{name.replace('-', '_')} is 0")
+        self.refused(run, "inspect", folder / "cov", "--covariances", folder / "cov", match="adapter folder")
+        init = ("init", folder / "model", folder / "cov", folder / "adapter", "--r", 4)
+        self.refused(run, *init, "--lora-dropout", 1, match="lora_dropout is 1")
+        assert run(*init, "--lora-dropout", 0.25)[0] == 0
+        own = json.loads((folder / "adapter" / "lora_null.json").read_text())
+        assert own["config"]["lora_dropout"] == 0.25
 
     def test_impossible_settings(self, calibrated_folder, run):
         folder = calibrated_folder
