@@ -84,6 +84,7 @@ def variants() -> list[tuple[str, Attach | None, dict]]:
 
     return [
         ("lora_null", layers.attach_ours, {"role": "ours"}),
+        ("lora_null compiled", layers.attach_ours, {"role": "ours", "only": _worth_compiling}),
         ("PEFT eager", layers.attach_peft, {"requires": ("peft",)}),
         ("PEFT compiled", layers.attach_peft, {"requires": ("peft",), "only": _worth_compiling}),
         ("accumulate", layers.attach_accumulated, {}),

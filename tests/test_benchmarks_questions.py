@@ -64,7 +64,7 @@ def test_every_question_has_a_case_here():
 def test_every_provider_agrees_with_the_truth(name, tmp_path):
     question = questions()[name]
     # The compiler takes its time; what it compiles is the eager provider beside it.
-    chosen = tuple(p.name for p in question.providers() if p.name != "PEFT compiled")
+    chosen = tuple(p.name for p in question.providers() if not p.name.endswith("compiled"))
     it = run(question, CASES[name], tmp_path / "results.jsonl", providers=chosen)
     wrong = {r["provider"]: r["reason"] for r in it.records if r["status"] != "ok"}
     assert not wrong
@@ -128,3 +128,12 @@ def test_inputs_are_never_zeros():
         inputs = questions()[name].setup(Case(cases[0]), "cpu")
         tensors = [value for value in vars(inputs).values() if isinstance(value, torch.Tensor)]
         assert all(tensor.count_nonzero() > 0.9 * tensor.numel() for tensor in tensors), name
+
+
+@pytest.mark.parametrize("name", ["layer", "training"])
+def test_models_are_timed_in_the_dtype_of_the_case(name):
+    """The fp64 truth once turned the shared parameters themselves into fp64."""
+    inputs = questions()[name].setup(Case(CASES[name][0] | {"dtype": "bf16"}), "cpu")
+    found = [value for value in vars(inputs).values() if isinstance(value, torch.nn.Module)]
+    assert found
+    assert {parameter.dtype for module in found for parameter in module.parameters()} == {torch.bfloat16}

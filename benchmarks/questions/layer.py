@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class DecoderLayer(Question):
         inputs = Inputs(layer, rotary, x, dy, adapters, {}, {})
         own = _Adapted(case, inputs, layers.attach_plain).output()
         wide = Inputs(
-            models.sharing_copy(layer).double(),
+            copy.deepcopy(layer).double(),
             tuple(part.double() for part in rotary),
             x.double(),
             dy.double(),
@@ -133,7 +134,7 @@ class _Adapted:
 
 def _build(name: str, attach):
     def build(case: Case, inputs: Inputs) -> Call:
-        it = _Adapted(case, inputs, attach, compiled=name == "PEFT compiled", liger="Liger" in name)
+        it = _Adapted(case, inputs, attach, compiled=name.endswith("compiled"), liger="Liger" in name)
         with SavedBytes(it.parameters) as saved:
             it.forward()
         return Call({"both": Timed(it.both)}, None if attach is None else it.output, {"saved_bytes": saved.bytes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class TrainingStep(Question):
         inputs = Inputs(model, tokens, adapters, small, small_tokens, {}, {})
         own = _Adapted(small, adapters, layers.attach_plain, case).gradients(small_tokens)
         wide = {name: (A.double(), B.double()) for name, (A, B) in adapters.items()}
-        doubled = models.sharing_copy(small).double()
+        doubled = copy.deepcopy(small).double()
         inputs.truth = _Adapted(doubled, wide, layers.attach_plain, case).gradients(small_tokens)
         inputs.torch_error = {name: relative_error(own[name], truth) for name, truth in inputs.truth.items()}
         return inputs
@@ -140,7 +141,7 @@ class _Adapted:
 
 def _build(name: str, attach):
     def build(case: Case, inputs: Inputs) -> Call:
-        options = {"compiled": name == "PEFT compiled", "liger": "Liger" in name}
+        options = {"compiled": name.endswith("compiled"), "liger": "Liger" in name}
 
         def output():
             # The compiled form of the twin would be another program; its mathematics is PEFT's.
