@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._storage import PackedFile, PackedMatrices, bytes_of, write_packed
-from ._weights import materialized
+from ._weights import gathered, materialized
 
 _KIND = "lora_null.calibration"
 FORMAT_VERSION = 1
@@ -51,9 +51,7 @@ def digest_of(values: Iterable[str]) -> str:
 
 
 def _add_bits(digest, tensor: Tensor) -> None:
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
+    tensor = gathered(tensor.detach())
     if tensor.is_meta:
         return
     # clone: a view of 8-byte words needs an aligned start

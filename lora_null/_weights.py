@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,55 @@ from torch import Tensor, nn
 # Elements of each weight that enter the fingerprint: enough to tell two models apart, and 120 layers of a
 # 135M model take 10 ms.
 _SAMPLES = 64
+
+
+# Modules that FSDP1, torch.compile and activation checkpointing put into a model, and its names with them.
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def gathered(tensor: Any) -> Tensor:
+    """Return the whole of a ``DTensor``, for which all of its processes must call this; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside DDP, FSDP1 and torch.compile, with the weights that FSDP2 has left gathered put back.
+
+    After a forward without a backward, the outermost part of an FSDP2 model holds copies of its weights; a change
+    of them would be lost.
+    """
+    # Half a second to import, and nothing to look for where nobody has.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, *([fsdp.FullyShardedDataParallel] if fsdp else []))
+    while isinstance(model, kinds) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, kinds) else model._orig_mod
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a module has in the model before it was wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def is_distributed(model: nn.Module) -> bool:
+    """Tell whether parameters are ``DTensor`` (FSDP2, tensor parallel), so that processes must act together."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def refuse_sharded(linears: Mapping[str, nn.Linear], wish: str) -> None:
+    """Refuse layers of which this process holds a part only, where ``wish`` makes parameters out of plain tensors."""
+    for name, linear in linears.items():
+        weight = linear.weight
+        if hasattr(weight, "full_tensor") or (weight.is_floating_point() and weight.ndim == 1):
+            kind = "a DTensor" if hasattr(weight, "full_tensor") else "flattened (FSDP1)"
+            raise ValueError(
+                f"{wish} needs whole weights, but that of {name} is {kind}: the model is sharded already. Parameters "
+                "added now would be neither sharded nor synchronised, and the processes would drift apart. Attach the "
+                "adapters first, and shard afterwards (fully_shard, FSDP, parallelize_module)."
+            )
 
 
 @contextmanager
@@ -26,9 +77,7 @@ def materialized(module: nn.Module) -> Iterator[None]:
 
 def dense_weight(linear: nn.Linear) -> Tensor:
     """Return the weight ``(m, d)`` as a floating-point tensor: dequantised, gathered; call inside ``materialized``."""
-    weight = linear.weight
-    if hasattr(weight, "full_tensor"):
-        return weight.full_tensor().detach()
+    weight = gathered(linear.weight)
     if weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features):
         return weight.detach()
     from peft.utils.integrations import dequantize_module_weight
@@ -50,6 +99,8 @@ def require_writable(name: str, linear: nn.Linear, wish: str, shared: Set[int] =
     weight = linear.weight
     if id(weight) in shared:
         problem = "shares its weight with another module (tied weights), which would change along with it"
+    elif weight.is_floating_point() and weight.ndim == 1:
+        problem = "is flattened by FSDP1, so that this process holds a part of it"
     elif not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features):
         problem = f"is quantised ({type(linear).__name__}, {weight.dtype}), so that an update cannot be represented"
     elif getattr(getattr(linear, "_hf_hook", None), "offload", False):

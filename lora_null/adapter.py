@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,18 @@ from ._adapter_files import (
     tensor_names,
     write_json,
 )
-from ._weights import fingerprint, require_writable, shared_weights
+from ._weights import (
+    fingerprint,
+    gathered,
+    is_distributed,
+    plain_name,
+    refuse_sharded,
+    require_writable,
+    shared_weights,
+    unwrapped,
+)
 from .config import LoraNullConfig
+from .distributed import in_first_process
 from .initialization import AdapterState, get_state, set_state, shift_base
 from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
 from .projection_groups import share_projections
@@ -42,8 +53,12 @@ def save_adapter(
     ``2 r``, relative to the untouched base. A second file, ``lora_null.json``, lets
     :func:`load_adapter` go on training; other readers ignore it.
 
+    With several processes, one of them has to call this. Where the factors are sharded (FSDP2, tensor parallel) all
+    have to: they are gathered, the first process writes, and the others wait for it.
+
     Args:
-        model: A model patched by :func:`lora_null.initialize` or :func:`lora_null.load_adapter`.
+        model: A model patched by :func:`lora_null.initialize` or :func:`lora_null.load_adapter`, also inside DDP or
+            torch.compile, or sharded by ``fully_shard``.
         path: The folder to make. It appears whole or not at all.
         dtype: Of the tensors on disk; the default keeps fp32.
         overwrite: Replace an existing adapter folder. A folder with other files in it is always refused.
@@ -54,12 +69,14 @@ def save_adapter(
         ValueError: The model carries no adapter, or one that holds NaN or Inf.
         FileExistsError: ``path`` exists and must not be replaced.
     """
+    model = unwrapped(model)
     layers = _require_layers(model)
-    factors = {name: layer.low_rank_delta() for name, layer in layers.items()}
+    factors = {plain_name(name): layer.low_rank_delta() for name, layer in layers.items()}
     some = next(iter(layers.values()))
     state = get_state(model) or AdapterState(LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r))
-    linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    write_adapter(
+    linear_names = [plain_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    write = partial(
+        write_adapter,
         Path(path),
         factors,
         target_modules=short_names(linear_names, factors),
@@ -68,6 +85,7 @@ def save_adapter(
         dtype=dtype,
         overwrite=overwrite,
     )
+    in_first_process(write) if is_distributed(model) else write()
 
 
 def write_adapter(
@@ -148,6 +166,7 @@ def load_adapter(
     own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
     factors = read_factors(folder / WEIGHTS)
     linears = _matching_linears(base_model, factors, folder)
+    refuse_sharded(linears, "load_adapter")
     base = fingerprint(linears)
     if verify_base and base and own.get("base_fingerprint") and base != own["base_fingerprint"]:
         raise ValueError(
@@ -190,14 +209,17 @@ def load_adapter(
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its weight, computed in fp32 and rounded once, and restore the plain layers.
 
+    Sharded weights (FSDP2, tensor parallel) are merged shard by shard; all processes have to call this.
+
     Returns:
         The same model, with nothing of this package left on it.
     """
+    wrapper, model = model, unwrapped(model)
     layers = _require_layers(model)
     shared = shared_weights(model)
     for name, layer in layers.items():
         require_writable(name, layer, "Merging", shared)
-        if not (torch.isfinite(layer.lora_A.weight).all() and torch.isfinite(layer.lora_B.weight).all()):
+        if not all(torch.isfinite(gathered(factor.weight)).all() for factor in (layer.lora_A, layer.lora_B)):
             raise ValueError(
                 f"The adapter of {name} holds NaN or Inf, so nothing was merged. The training run diverged; lower the "
                 "learning rate and start again from an earlier checkpoint."
@@ -207,7 +229,7 @@ def merge(model: nn.Module) -> nn.Module:
         shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
         detach_adapter(layer)
     set_state(model, None)
-    return model
+    return wrapper
 
 
 def short_names(linear_names: Iterable[str], chosen: Iterable[str]) -> list[str]:

@@ -20,10 +20,10 @@ from ._memory_plan import MemoryPlan, observe, plan_streaming
 from ._modes import evaluating, input_device
 from ._passes import Job
 from ._runs import Settings, plan_walk, run_function, run_layerwise, run_streaming, wants_queue
-from ._weights import fingerprint
+from ._weights import fingerprint, is_distributed
 from .config import LoraNullConfig
 from .covariances import Covariances
-from .distributed import announcing_failure, is_shared_out, share_of
+from .distributed import announcing_failure, is_shared_out, require_lockstep, share_of
 from .targets import output_head_names, target_linears
 
 
@@ -52,7 +52,10 @@ def calibrate(
     LLaMA block give 4 matrices per block. The model runs in eval mode without gradients, and without its output head
     where it allows that; its modes, hooks and weights are as before when this returns or raises.
 
-    Under ``torch.distributed`` each process runs its share of the batches, and all return the same sums.
+    Under ``torch.distributed`` each process runs its share of the batches, and all return the same sums. An error
+    in one process ends the others with ``OtherProcessFailed``; a process that is killed ends them when
+    ``torch.distributed`` notices it. A model sharded by ``fully_shard`` needs equal shares, and neither
+    ``checkpoint`` nor ``low_memory``.
 
     Args:
         model: A Hugging Face causal LM or any ``nn.Module``; in any dtype, on any devices, offloaded by accelerate or
@@ -123,10 +126,18 @@ def calibrate(
                 )
             sums = run_function(job, batches, memory_limit)
         else:
+            sharded = is_distributed(model)
+            if sharded and (low_memory or checkpoint is not None):
+                raise ValueError(
+                    "low_memory and checkpoint let the processes run different parts of the model, which waits for all "
+                    "of them where it is sharded. Leave them out, or calibrate before sharding."
+                )
             source = iterate(batches, queue_tokens)
             total = length_of(source)
             if shard if shard is not None else not is_shared_out(batches):
                 source, total = share_of(source), None if total is None else len(list(share_of(range(total))))
+            if sharded:
+                require_lockstep(total)
             sums = run_layerwise(job, source, settings) if low_memory else run_streaming(job, source, total, settings)
     provenance = {**_provenance(model, linears, config), **options, "data": sums.data}
     result = Covariances(sums.matrices, sums.groups, sums.tokens, provenance)

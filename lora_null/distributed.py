@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
@@ -71,6 +71,34 @@ def announcing_failure() -> Iterator[None]:
     except Exception as error:
         exchange(None, error)
         raise
+
+
+def in_first_process(work: Callable[[], Any]) -> None:
+    """Do ``work`` in the first process only; all call this, and return when it is done or raise if it failed."""
+    with announcing_failure():
+        if rank_and_size()[0] == 0:
+            work()
+    exchange(None)
+
+
+def require_lockstep(batches: int | None) -> None:
+    """Refuse shares that differ: a sharded model runs in all processes at the same time, or waits for ever.
+
+    Args:
+        batches: How many batches this process has; ``None`` if it cannot know.
+
+    Raises:
+        ValueError: Not all processes have as many.
+    """
+    counts = exchange(batches)
+    if len(counts) == 1:
+        return
+    if None in counts or len(set(counts)) > 1:
+        raise ValueError(
+            f"The model is sharded, and the processes have {counts} batches to run; expected the same known number in "
+            "each, since all of them have to run the model together. Pass a list or DataLoader whose length is a "
+            "multiple of the number of processes, or calibrate before sharding."
+        )
 
 
 def add_up(matrix: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._weights import dense_weight, materialized
+from ._weights import dense_weight, gathered, materialized
 
 
 def factorize(
@@ -37,7 +37,7 @@ def factorize(
         with materialized(weight):
             W = dense_weight(weight)
             return factorize(W, basis.to(W.device), dtype=dtype)
-    W = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    W = gathered(weight)
     _check(W, basis)
     U = basis.to(torch.float64)
     projected = W.detach().to(device=U.device, dtype=torch.float64) @ U  # (m, r)

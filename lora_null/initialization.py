@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from ._logging import logger
-from ._weights import fingerprint, materialized, require_writable, shared_weights
+from ._weights import fingerprint, materialized, refuse_sharded, require_writable, shared_weights
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, divide, gather
@@ -108,11 +108,12 @@ def initialize(
 
     Raises:
         ValueError: The covariances do not cover or do not fit the model, the rank is too large, or the model
-            carries adapters already.
+            carries adapters already or is sharded already.
     """
     config = config or LoraNullConfig()
     linears = target_linears(model, config.target_modules)
-    _check(model, linears, covariances, config)
+    with announcing_failure():
+        _check(model, linears, covariances, config)
     ranks = {covariances.group_of(name): config.r for name in linears}
     spaces, energies = solve(covariances, ranks, method=method, seed=config.seed, progress=progress)
     base_fingerprint = fingerprint(linears)
@@ -234,6 +235,7 @@ def _check(
             f"{missing[0]}; they were collected for another model or for fewer target_modules. Run "
             "lora_null.calibrate on this model with the same config."
         )
+    refuse_sharded(linears, "initialize")
     shared = shared_weights(model)
     for name, linear in linears.items():
         d, m = linear.in_features, linear.out_features

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._weights import gathered
 from .projection_groups import ProjectionGroup
 
 
@@ -112,12 +113,18 @@ def stack_delta(
 
     Without ``initial`` that is ``A' = A``, ``B' = s B``. With it the rank is ``2 r``: ``A' = [A ; A - A0]``,
     ``B' = s [B - B0 | B0]``. The usual ``[A ; A0]``, ``[B | -B0]`` is the same product, but cancels when it is
-    rounded: for an update of relative size 1e-3 the relative error in bf16 is 1.66 instead of 2e-3.
+    rounded: for an update of relative size 1e-3 the relative error in bf16 is 1.66 instead of 2e-3. Sharded factors
+    are gathered.
     """
-    lora_A, lora_B = lora_A.float(), lora_B.float()
+    if lora_A.ndim != 2 or lora_B.ndim != 2:
+        raise ValueError(
+            f"The factors are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}; expected (r, d) and (m, r). FSDP1 has "
+            "flattened them: call this inside FullyShardedDataParallel.summon_full_params(model)."
+        )
+    lora_A, lora_B = gathered(lora_A).float(), gathered(lora_B).float()
     if initial is None:
         return lora_A.clone(), scaling * lora_B
-    initial_A, initial_B = (factor.to(lora_A.device, torch.float32) for factor in initial)
+    initial_A, initial_B = (gathered(factor).to(lora_A.device, torch.float32) for factor in initial)
     return torch.cat([lora_A, lora_A - initial_A]), scaling * torch.cat([lora_B - initial_B, initial_B], dim=1)
 
 

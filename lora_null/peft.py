@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Set
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,19 @@ from tqdm.auto import tqdm
 from ._adapter_files import OWN_CONFIG, read_json
 from ._logging import warn_once
 from ._peft_fused import FusedKernels, FusedLoraLinear, use_fused_kernels
-from ._weights import fingerprint, require_writable, shared_weights
+from ._weights import (
+    fingerprint,
+    is_distributed,
+    plain_name,
+    refuse_sharded,
+    require_writable,
+    shared_weights,
+    unwrapped,
+)
 from .adapter import short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
+from .distributed import announcing_failure, in_first_process
 from .factors import factorize
 from .initialization import AdapterState, check_width, get_state, set_state, shift_base, solve
 from .layers import stack_delta
@@ -81,8 +91,11 @@ def initialize_lora_null_weights(
     sources = {name: _covariance_name(name, covariances) for name in layers}
     ranks: dict[str, int] = {}
     shared = shared_weights(peft_model)
+    with announcing_failure():
+        refuse_sharded({name: layer.get_base_layer() for name, layer in layers.items()}, "initialize_lora_null_weights")
+        for name, layer in layers.items():
+            _check_layer(name, layer, adapter_name, covariances.size(sources[name]), freeze_a, shared)
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name, covariances.size(sources[name]), freeze_a, shared)
         key = covariances.group_of(sources[name])
         ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
     spaces, energies = solve(covariances, ranks, method=method, seed=seed, progress=progress)
@@ -141,9 +154,10 @@ def save_adapter(
     With a frozen A this is what ``save_pretrained`` writes, with uniform rank and the scaling folded in. With a
     trained A it is the rank-``2 r`` form, which does not cancel in low precision as PEFT's conversion does.
     """
+    peft_model = unwrapped(peft_model)
     layers = lora_layers(peft_model, adapter_name)
     factors = {
-        name: stack_delta(
+        plain_name(name): stack_delta(
             layer.lora_A[adapter_name].weight,
             layer.lora_B[adapter_name].weight,
             layer.scaling[adapter_name],
@@ -162,7 +176,8 @@ def save_adapter(
         LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=False)
     )
     base = peft_config.base_model_name_or_path
-    write_adapter(
+    write = partial(
+        write_adapter,
         Path(path),
         factors,
         target_modules=short_names(_linear_names(peft_model), factors),
@@ -171,6 +186,7 @@ def save_adapter(
         dtype=dtype,
         overwrite=overwrite,
     )
+    in_first_process(write) if is_distributed(peft_model) else write()
 
 
 def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
@@ -196,7 +212,7 @@ def _lora_config(peft_model: PeftModel, adapter_name: str) -> Any:
 def _linear_names(peft_model: PeftModel) -> set[str]:
     """Return the names that linear layers have in the base model without its adapters."""
     modules = peft_model.get_base_model().named_modules()
-    plain = {name for name, module in modules if isinstance(module, nn.Linear | lora.LoraLayer)}
+    plain = {plain_name(name) for name, module in modules if isinstance(module, nn.Linear | lora.LoraLayer)}
     return {
         name for name in plain if not any(f".{part}." in f".{name}." for part in ("lora_A", "lora_B", "base_layer"))
     }

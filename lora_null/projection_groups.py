@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # A row of A may lie outside the common row space by this many roundings of its dtype.
 _ROUNDINGS = 8
-# Frozen factors change when a model is moved or loaded. Where they change at every call (offloading), checking
-# them costs more than sharing gains.
+# Frozen factors change when a model is moved or loaded. Where they change at every call, checking them costs more
+# than sharing gains.
 _MAX_REFRESHES = 16
 
 
@@ -51,16 +51,19 @@ class ProjectionGroup:
     saved-tensor hooks (so never across the border of a checkpointed block) and thread, and once per layer. It is
     dropped when the last layer has used it, when x is freed, or when another x comes along.
 
+    A layer whose ``lora_A`` has become another parameter object computes its own projection: FSDP2 and offloading
+    put a copy in its place for each forward, and what that holds cannot be told without reading it.
+
     Args:
         basis: ``U (r, d)`` with orthonormal rows.
-        size: Number of layers in the group.
-        out_features: Sum of their ``m``.
+        layers: The layers of the group.
     """
 
-    def __init__(self, basis: Tensor, size: int, out_features: int):
+    def __init__(self, basis: Tensor, layers: Sequence[LoraNullLinear]):
         self.basis = basis
-        self.size = size
-        self.out_features = out_features
+        self.size = len(layers)
+        self.out_features = sum(layer.out_features for layer in layers)
+        self._factors = [weakref.ref(layer.lora_A.weight) for layer in layers]
         self._forget()
 
     def _forget(self) -> None:
@@ -71,7 +74,8 @@ class ProjectionGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the basis, not what belongs to a forward pass."""
-        return {"basis": self.basis, "size": self.size, "out_features": self.out_features}
+        factors = [factor for factor in (ref() for ref in self._factors) if factor is not None]
+        return {"basis": self.basis, "size": self.size, "out_features": self.out_features, "_factors": factors}
 
     def leave(self, layer: LoraNullLinear) -> None:
         """Take note that ``layer`` is no longer one of the group."""
@@ -88,6 +92,7 @@ class ProjectionGroup:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._factors = [weakref.ref(factor) for factor in state["_factors"]]
         self._forget()
 
     def forward(self, layer: LoraNullLinear, x: Tensor) -> Tensor | None:
@@ -124,7 +129,9 @@ class ProjectionGroup:
         return (
             type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
             and not lora_A.requires_grad
-            and self._refreshes < _MAX_REFRESHES
+            and any(ref() is lora_A for ref in self._factors)
+            # a checkpointed block must do the same in its recomputation as it did at first
+            and (self._refreshes < _MAX_REFRESHES or _saved_tensor_hooks() is not None)
             and self.pays(x)
             and not is_observed(x)
             and not x.is_inference()  # has no version, so that a change in place would go unnoticed
@@ -180,9 +187,13 @@ def _circumstances(x: Tensor) -> tuple:
     """What has to be equal, besides x itself, for two calls to build the same piece of graph."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    # The hooks of torch.utils.checkpoint and of activation offloading: a graph must not cross their borders.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = _saved_tensor_hooks()
     return torch.is_grad_enabled(), x.requires_grad, autocast, hooks and weakref.ref(hooks[0]), get_ident()
+
+
+def _saved_tensor_hooks() -> tuple | None:
+    """Return the hooks of torch.utils.checkpoint and of activation offloading: no graph may cross their borders."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def row_space_coordinates(lora_A: Tensor, basis: Tensor) -> Tensor | None:
@@ -222,7 +233,8 @@ def share_projections(model: nn.Module) -> int:
     parents: dict[str, list[LoraNullLinear]] = {}
     for name, layer in adapter_layers(model).items():
         layer.projection_group = None
-        if layer.lora_A.weight.ndim == 2 and layer.lora_A.weight.device.type != "meta":
+        lora_A = layer.lora_A.weight
+        if type(lora_A) is nn.Parameter and lora_A.ndim == 2 and lora_A.device.type != "meta":
             parents.setdefault(name.rpartition(".")[0], []).append(layer)
     return sum(_group(layers) for layers in parents.values())
 
@@ -241,7 +253,7 @@ def _group(layers: Iterable[LoraNullLinear]) -> int:
             and row_space_coordinates(layer.lora_A.weight, basis.to(layer.lora_A.weight.device)) is not None
         ]
         if len(members) > 1:
-            group = ProjectionGroup(basis, len(members), sum(layer.out_features for layer in members))
+            group = ProjectionGroup(basis, members)
             for layer in members:
                 layer.projection_group = group
             groups += 1
