@@ -1,15 +1,13 @@
 """Two processes over gloo: each reads its share, the sums and the solves are those of one process."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_two
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -91,25 +89,7 @@ def _worker(folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LORA_NULL_NO_EXTENSION": "1",
-    }
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(folder)], env={**environment, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_two(__file__, folder)
     return folder
 
 
