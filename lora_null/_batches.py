@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class BatchReader:
         config = getattr(model, "config", None)
         self.is_hf = hasattr(config, "to_dict")
         self.keeps_labels = bool(getattr(config, "is_encoder_decoder", False))
+        self.vocabulary, self.placeholders = _vocabulary(model)
         self.extra: dict[str, Any] = {}
         if self.is_hf and "use_cache" in self.parameters:
             self.extra["use_cache"] = False
@@ -68,6 +70,7 @@ class BatchReader:
     def read(self, item: Any, index: int) -> Batch:
         """Convert one item of the user's data; ``index`` names it in errors."""
         inputs = self._inputs(item, index)
+        self.check_ids(inputs, index)
         counts = self.mask(inputs, index)
         ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
         shape = tuple(ids.shape[:2]) if isinstance(ids, Tensor) and ids.dim() > 1 else None
@@ -83,6 +86,23 @@ class BatchReader:
             first = next((v for v in inputs.values() if isinstance(v, Tensor)), None)
             tokens = 0 if first is None else first.numel() // (first.shape[-1] if first.is_floating_point() else 1)
         return Batch({**inputs, **self.extra}, None if every else counts, shape, tokens)
+
+    def check_ids(self, inputs: Mapping[str, Any], index: int) -> None:
+        """Raise ValueError for ids that the embedding lacks: on a GPU their lookup would end the process's CUDA use."""
+        ids = inputs.get("input_ids")
+        if self.vocabulary is None or not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_meta:
+            return
+        outside = (ids < 0) | (ids >= self.vocabulary)
+        if not bool(outside.any()):
+            return
+        found = sorted(set(ids[outside].tolist()) - self.placeholders)
+        if found:
+            raise ValueError(
+                f"Batch {index} has the token ids {str(found[:5])[1:-1]}{', ...' if len(found) > 5 else ''}; expected "
+                f"0 to {self.vocabulary - 1}, the rows of the model's embedding. Was the tokenizer another model's, "
+                f"were labels (with {IGNORED_LABEL}) given as input_ids, or was a token added (for padding)? Then call "
+                "model.resize_token_embeddings first, or pad with a known token."
+            )
 
     def mask(self, inputs: Mapping[str, Any], index: int) -> Tensor | None:
         """Return which tokens of a call of the model count, ``(B, L)`` bool on the CPU, or ``None`` for all."""
@@ -125,6 +145,12 @@ class BatchReader:
                     'tokenized first: tokenizer(texts, return_tensors="pt", padding=True).'
                 )
             inputs = {self.parameters[0]: value}
+        for key in ("input_ids", *self.parameters[:1]):
+            if isinstance(inputs.get(key), Tensor) and inputs[key].dim() == 0:
+                raise TypeError(
+                    f"Batch {index} is the single number {inputs[key].item()}; expected token ids (B, L) or (L,). A "
+                    "list is a list of batches: for one text of ids pass [ids], or a tensor of shape (1, L)."
+                )
         for key in ("input_ids", "attention_mask", "labels"):
             if isinstance(inputs.get(key), Tensor) and inputs[key].dim() == 1:
                 inputs[key] = inputs[key][None]
@@ -133,6 +159,17 @@ class BatchReader:
                 f"Batch {index} holds no tensor that {sorted(self.parameters)} name; expected input_ids (B, L)."
             )
         return inputs
+
+
+def _vocabulary(model: nn.Module) -> tuple[int | None, set[int]]:
+    """Return how many ids the input embedding has, and ids beyond it that the model replaces: images, audio, video."""
+    try:
+        size = model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError):
+        return None, set()
+    config = getattr(getattr(model, "config", None), "__dict__", {})
+    named = {value for key, value in config.items() if re.match("(image|video|audio).*_token_(id|index)$", key)}
+    return size, {value for value in named if isinstance(value, int)}
 
 
 def _tensor(value: Any) -> Any:

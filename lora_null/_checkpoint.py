@@ -85,6 +85,22 @@ class Progress:
     finished: bool = False
 
 
+def check_checkpoint(path: Path) -> None:
+    """Refuse a path that cannot be a checkpoint, before any work is done.
+
+    Raises:
+        IsADirectoryError: It is a folder.
+        ValueError: It is a file of another kind, or damaged.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"checkpoint is {path}, which is a folder; expected the name of a file for the sums in progress. Name one "
+            f"in it, for instance {path / 'calibration.safetensors'}."
+        )
+    if path.exists():
+        PackedFile(path, _KIND)
+
+
 class Checkpoint:
     """One file of sums in progress.
 

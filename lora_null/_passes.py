@@ -122,6 +122,7 @@ def run_callback(job: Job, run_model: Callable[[], Any]) -> None:
             if depth == 1:
                 bound = signatures[module].bind_partial(*args, **kwargs).arguments
                 inputs = {**bound, **bound.get("kwargs", {})}
+                job.reader.check_ids(inputs, index)
                 job.collector.begin(index, job.reader.mask(inputs, index))
                 ids = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
                 tokens = 0 if ids is None else ids.shape[:2].numel()

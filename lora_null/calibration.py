@@ -14,6 +14,7 @@ from torch import nn
 
 from ._accumulate import ACCUMULATORS, Placement
 from ._batches import BatchReader, iterate, length_of, probe, to_device
+from ._checkpoint import check_checkpoint
 from ._collect import Collector
 from ._logging import logger
 from ._memory_plan import MemoryPlan, observe, plan_streaming
@@ -96,12 +97,16 @@ def calibrate(
 
     Raises:
         TypeError: A batch is of no known form.
-        ValueError: An argument is out of range; the model has no target layer; no token counts; an activation is
-            NaN or Inf (layer and batch are named); the plan does not fit; the checkpoint belongs to another run.
+        ValueError: An argument is out of range; the model has no target layer; no token counts; the embedding lacks a
+            token id; an activation is NaN or Inf (layer and batch are named); the plan does not fit; the checkpoint
+            belongs to another run.
+        IsADirectoryError: ``checkpoint`` is a folder.
         RuntimeError: Another process failed.
     """
     config = config or LoraNullConfig()
     _check_options(offload, checkpoint_every, queue_tokens)
+    if checkpoint is not None:
+        check_checkpoint(Path(checkpoint))
     linears = target_linears(model, config.target_modules)
     reader = BatchReader(model, mask, needs_head=bool(output_head_names(model) & set(linears)))
     placement = _placement(device, None if low_memory else offload, queue_tokens, accumulate)
