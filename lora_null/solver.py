@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from tqdm.auto import tqdm
 
 from . import _extension, _solver_certificate, _solver_exact, _solver_filtered, _solver_input
 from ._logging import logger
+
+if TYPE_CHECKING:
+    from .covariances import Covariances
 
 Key = TypeVar("Key", bound=Hashable)
 METHODS = ("auto", "exact", "filtered")
@@ -172,7 +175,7 @@ def _refuse_indefinite(C: Tensor, values: Tensor) -> None:
 
 
 def null_spaces(
-    covariances: Iterable[tuple[Key, Tensor]],
+    covariances: Iterable[tuple[Key, Tensor]] | Mapping[Key, Tensor] | Covariances,
     r: int,
     *,
     workers: int | None = None,
@@ -186,7 +189,8 @@ def null_spaces(
     memory at a time, and ``covariances`` is read only as far as needed, in the calling thread.
 
     Args:
-        covariances: Pairs of a key and a matrix, as :meth:`lora_null.Covariances.items` yields them.
+        covariances: :class:`lora_null.Covariances`, another mapping of keys to matrices, or pairs of a key and a
+            matrix.
         r: As for :func:`null_space`.
         workers: Matrices solved at the same time; ``None`` means 2, or 1 where torch has one thread.
         progress: Show a progress bar.
@@ -196,6 +200,7 @@ def null_spaces(
         ``(key, NullSpace)`` in the order of the input.
 
     Raises:
+        TypeError: An item is no pair.
         TypeError, ValueError: as :func:`null_space` does, with the key of the matrix in front.
     """
     threads = torch.get_num_threads()
@@ -206,10 +211,17 @@ def null_spaces(
     pending: deque[tuple[Key, Future[NullSpace]]] = deque()
     pool = ThreadPoolExecutor(workers, "null_space", torch.set_num_threads, (max(1, threads // workers),))
     bar = tqdm(total=total, desc="null spaces", unit="matrix", disable=not progress)
+    pairs: Iterable[Any] = covariances.items() if hasattr(covariances, "items") else covariances
     try:
-        for key, C in covariances:
+        for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(
+                    f"null_spaces: an item of covariances is a {type(pair).__name__}; expected pairs of a key and a "
+                    "matrix. For matrices without keys pass enumerate(matrices), for a single one call null_space."
+                )
+            key, C = pair
             pending.append((key, pool.submit(_solve_one, key, C, r, options)))
-            del C
+            del C, pair
             if len(pending) > workers:
                 yield _next(pending, bar)
         while pending:

@@ -6,7 +6,7 @@ import pytest
 import spectra
 import torch
 
-from lora_null import null_space, null_spaces
+from lora_null import Covariances, null_space, null_spaces
 
 
 def covariances(count, d=40):
@@ -20,6 +20,21 @@ def test_results_come_in_the_order_of_the_input(workers):
     assert [key for key, _ in found] == [key for key, _ in items]
     for (_, C), (_, space) in zip(items, found, strict=True):
         assert space.energy == pytest.approx(null_space(C, 5, method="filtered", seed=4).energy, rel=1e-12)
+
+
+def test_mappings_and_covariances_are_taken():
+    items = covariances(3)
+    wanted = [(key, null_space(C, 4).energy) for key, C in items]
+    collected = Covariances(dict(items), {key: (key,) for key, _ in items}, dict.fromkeys(dict(items), 100))
+    for given in (dict(items), collected):
+        found = [(key, space.energy) for key, space in null_spaces(given, 4, workers=1, progress=False)]
+        assert found == wanted
+
+
+@pytest.mark.parametrize("given", [torch.eye(4), [torch.eye(4)], ["layer.0"]], ids=["matrix", "matrices", "keys"])
+def test_what_is_no_pair_is_refused(given):
+    with pytest.raises(TypeError, match=r"expected pairs of a key and a matrix.*enumerate\(matrices\)"):
+        list(null_spaces(given, 2, progress=False))
 
 
 def test_reads_no_further_than_the_workers_need():
