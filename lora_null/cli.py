@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import sys
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__, _cli_model
-from ._cli_options import AsJson, Device, Progress, Rank, Seed
+from ._cli_options import AsJson, Device, Progress, Rank
+from .quickstart.settings import Settings
 
 # What a user can cause and mend. Anything else is a defect of this package and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
@@ -79,43 +81,16 @@ def bench(
     print_timings(timings, f"d={d} m={m} r={r} tokens={tokens} {dtype}", as_json=json)
 
 
-@app.command()
-def quickstart(
-    model: Annotated[
-        str | None, typer.Option(help="Your own model; default: SmolLM2-135M-Instruct, from PyPI.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Your own calibration text; default: questions on countries.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for adapter and results.")] = Path(".quickstart"),
-    r: Rank = 32,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each training run.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Word problems per step.")] = 6,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both methods.")] = 3e-3,
-    questions: Annotated[int, typer.Option(help="Held-out questions asked.")] = 400,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto: float32 on a CPU, bfloat16 on a GPU.")] = "auto",
-    progress: Progress = True,
-) -> None:
+def quickstart(**settings: Any) -> None:
     """Calibrate, fine-tune with LoRA and LoRA-Null, compare what each forgot, save, reload."""
-    from .quickstart.run import Settings, run
+    from .quickstart.run import run
 
-    settings = Settings(
-        model=model,
-        data=data,
-        output=output,
-        r=r,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        questions=questions,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-    )
-    run(settings)
+    run(Settings(**settings))
+
+
+# Its flags are the fields of Settings.
+setattr(quickstart, "__signature__", signature(Settings))  # noqa: B010
+app.command()(quickstart)
 
 
 def _print_version(wanted: bool) -> None:

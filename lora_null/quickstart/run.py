@@ -29,45 +29,13 @@ from .facts import Fact, country_facts
 from .measure import Stages
 from .model import fetch_model
 from .problems import word_problems
+from .settings import Settings
 from .training import Example, encode_problems, fine_tune, pad_batch
 
 RESULTS = "results.json"
 # Problems that measure the task loss come from another seed than those of the training, whatever that seed is.
 _TEST_SEED = "held out"
 _TEST_PROBLEMS = 64
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made of; the command line has a flag of the same name for each.
-
-    Attributes:
-        model: Folder or Hugging Face id; None for the model of :func:`lora_null.quickstart.model.fetch_model`.
-        data: Calibration text; None for questions on half of the countries.
-        output: Folder for the adapter and ``results.json``; results of an earlier run are replaced.
-        r: Rank of both methods.
-        steps: Optimiser steps.
-        batch_size: Word problems per step.
-        learning_rate: Peak learning rate of both methods.
-        questions: How many of the held-out questions are asked, evenly spread over countries and kinds.
-        seed: Of the adapters' random start, of the training problems and of their order.
-        device: ``"auto"`` means CUDA where there is a device.
-        dtype: Of the base model; ``"auto"`` means float32 on a CPU and bfloat16 on a GPU.
-        progress: Show progress bars.
-    """
-
-    model: str | None = None
-    data: Path | None = None
-    output: Path = Path(".quickstart")
-    r: int = 32
-    steps: int = 32
-    batch_size: int = 6
-    learning_rate: float = 3e-3
-    questions: int = 400
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    progress: bool = True
 
 
 @dataclass(frozen=True)
