@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def choose_device(device: str = "auto") -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] == "meta":
+        raise ValueError("device is 'meta', which holds no data; expected auto, cpu, cuda or cuda:N.")
     try:
         # Also what a torch without CUDA, or a machine with fewer devices, answers; each in another exception.
         torch.empty(0, device=device)
@@ -44,13 +47,20 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> tupl
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
 
     Raises:
-        ValueError: No such model, dtype or device.
+        ValueError: No such model, dtype or device; or the model is a checkpoint of a run with adapters, which
+            transformers would load without them.
     """
     from transformers import AutoModelForCausalLM
 
     chosen, device = parse_dtype(dtype) or "auto", choose_device(device)
     tokenizer = load_tokenizer(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
+    if getattr(loaded.config, "lora_null", None):
+        raise ValueError(
+            f"{model} is a checkpoint of a model patched by lora_null: loaded as a model it would lack its adapters, "
+            "and its base may be shifted. Expected the pre-trained model; turn the checkpoint into an adapter with "
+            "lora-null export."
+        )
     return loaded.to(device).eval(), tokenizer
 
 
@@ -96,16 +106,18 @@ def read_texts(data: str | Path, *, field: str | None = None) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a text file or a .jsonl file with calibration text.")
     try:
-        content = path.read_text(encoding="utf-8")
+        # Some editors put a byte order mark first.
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
         ) from None
     if path.suffix.lower() == ".jsonl":
-        numbered = enumerate(content.splitlines(), start=1)
+        # splitlines() would also cut at the separators that JSON allows inside a string, such as U+2028.
+        numbered = enumerate(content.split("\n"), start=1)
         texts = [_json_text(path, number, line, field) for number, line in numbered if line.strip()]
     else:
-        texts = [paragraph.strip() for paragraph in content.replace("\r\n", "\n").split("\n\n")]
+        texts = [paragraph.strip() for paragraph in re.split(r"\n[^\S\n]*\n", content)]
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"{path} holds no text; expected calibration text like the model's pre-training data.")

@@ -33,12 +33,20 @@ def calibrate(
 ) -> None:
     """Sum the activation covariances of a model over calibration text."""
     from . import LoraNullConfig
+    from ._checkpoint import check_checkpoint
     from ._cli_inputs import check_sizes, load_model, read_texts, token_batches
     from .calibration import calibrate as run
 
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
+    if output.resolve() == data.resolve():
+        raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
     refuse_existing(output, overwrite)
+    if checkpoint is not None:
+        refuse_below_file(checkpoint)
+        if checkpoint.resolve() == output.resolve():
+            raise ValueError(f"checkpoint and output are both {output}; expected a file for each. Name another one.")
+        check_checkpoint(checkpoint)
     check_sizes(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
     texts = read_texts(data, field=field)
     config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
@@ -148,13 +156,13 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into its base model and write a plain Hugging Face checkpoint."""
-    from ._cli_inputs import load_model
+    from ._cli_inputs import load_model, load_tokenizer
     from .adapter import load_adapter
     from .adapter import merge as fold
     from .export import check_merge_target, save_merged
 
     refuse_below_file(output)
-    check_merge_target(output, overwrite=overwrite, inputs=(model, adapter))
+    check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model))
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
     typer.echo(f"{output}: merged model.")

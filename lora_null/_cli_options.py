@@ -23,7 +23,9 @@ Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output of this command; other files are refused.")
+]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

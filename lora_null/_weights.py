@@ -114,6 +114,19 @@ def require_writable(name: str, linear: nn.Linear, wish: str, shared: Set[int] =
     )
 
 
+def require_finite(what: str, lora_A: Tensor, lora_B: Tensor, advice: str) -> None:
+    """Refuse factors that hold NaN or Inf; ``what`` names them, ``advice`` says what was not done and what to do."""
+    if not all(bool(torch.isfinite(gathered(factor)).all()) for factor in (lora_A, lora_B)):
+        raise ValueError(f"{what} holds NaN or Inf{advice}")
+
+
+def home_of(linear: nn.Linear) -> torch.device:
+    """Return the device on which ``linear`` computes: that of its weight, or where accelerate brings it."""
+    with materialized(linear):
+        device = linear.weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
     """Hash names, shapes and a sample of the values of pre-trained weights, whatever dtype they were loaded in.
 

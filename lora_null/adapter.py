@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,19 +16,22 @@ from torch import Tensor, nn
 from ._adapter_files import (
     OWN_CONFIG,
     PEFT_CONFIG,
+    README,
     WEIGHTS,
-    read_factors,
-    read_json,
+    AdapterFiles,
+    check_target,
+    read_adapter,
     replaced_folder,
     tensor_names,
     write_json,
 )
 from ._weights import (
     fingerprint,
-    gathered,
+    home_of,
     is_distributed,
     plain_name,
     refuse_sharded,
+    require_finite,
     require_writable,
     shared_weights,
     unwrapped,
@@ -36,6 +41,8 @@ from .distributed import in_first_process
 from .initialization import AdapterState, get_state, set_state, shift_base
 from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
 from .projection_groups import share_projections
+
+_DIVERGED = "The training run diverged; lower the learning rate and start again from an earlier checkpoint."
 
 
 def save_adapter(
@@ -59,14 +66,15 @@ def save_adapter(
     Args:
         model: A model patched by :func:`lora_null.initialize` or :func:`lora_null.load_adapter`, also inside DDP or
             torch.compile, or sharded by ``fully_shard``.
-        path: The folder to make. It appears whole or not at all.
+        path: The folder to make; it may exist and be empty. The adapter appears in it whole or not at all.
         dtype: Of the tensors on disk; the default keeps fp32.
-        overwrite: Replace an existing adapter folder. A folder with other files in it is always refused.
+        overwrite: Replace an existing adapter folder; its ``README.md`` is kept. A folder with other files in it is
+            always refused.
         base_model_name_or_path: Written for the reader's information; the default is the model's own name,
             without the leading folders of an absolute path.
 
     Raises:
-        ValueError: The model carries no adapter, or one that holds NaN or Inf.
+        ValueError: The model carries no adapter, or one that holds NaN or Inf, in memory or in ``dtype``.
         FileExistsError: ``path`` exists and must not be replaced.
     """
     model = unwrapped(model)
@@ -74,12 +82,13 @@ def save_adapter(
     factors = {plain_name(name): layer.low_rank_delta() for name, layer in layers.items()}
     some = next(iter(layers.values()))
     state = get_state(model) or AdapterState(LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r))
-    linear_names = [plain_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
+    names = [plain_name(name) for name, _ in model.named_modules()]
     write = partial(
         write_adapter,
         Path(path),
         factors,
-        target_modules=short_names(linear_names, factors),
+        target_modules=short_names(names, factors),
         base_model_name_or_path=base_model_name_or_path or _base_name(model),
         own=state.to_dict(stacked=some.shifted),
         dtype=dtype,
@@ -105,17 +114,16 @@ def write_adapter(
     r = max(ranks)
     tensors = {}
     for name, (lora_A, lora_B) in factors.items():
-        if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-            raise ValueError(
-                f"The adapter of {name} holds NaN or Inf, so it was not saved. The training run diverged; lower the "
-                "learning rate and start again from an earlier checkpoint."
-            )
+        require_finite(f"The adapter of {name}", lora_A, lora_B, f", so it was not saved. {_DIVERGED}")
         # Readers such as vLLM know one rank for the whole adapter; rows of zeros change nothing.
         padding = r - lora_A.shape[0]
         padded_A = nn.functional.pad(lora_A, (0, 0, 0, padding))
         padded_B = nn.functional.pad(lora_B, (0, padding))
         for key, tensor in zip(tensor_names(name), (padded_A, padded_B), strict=True):
             tensors[key] = tensor.to("cpu", dtype or torch.float32).contiguous()
+        stored_A, stored_B = (tensors[key] for key in tensor_names(name))
+        advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
+        require_finite(f"The adapter of {name}", stored_A, stored_B, advice)
     config = LoraConfig(
         r=r,
         lora_alpha=r,
@@ -129,7 +137,9 @@ def write_adapter(
     ).to_dict()
     # PEFT keeps target_modules as a set.
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    with replaced_folder(path, overwrite) as work:
+    with replaced_folder(path, partial(check_target, path, overwrite)) as work:
+        if (path / README).exists():
+            shutil.copy2(path / README, work / README)
         save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
         write_json(work / OWN_CONFIG, own)
         write_json(work / PEFT_CONFIG, config)
@@ -161,10 +171,8 @@ def load_adapter(
         ValueError: A file is damaged or foreign, or the adapter belongs to another model.
     """
     folder = Path(path)
-    peft_config = read_json(folder / PEFT_CONFIG)
-    scaling = _plain_scaling(folder, peft_config)
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
-    factors = read_factors(folder / WEIGHTS)
+    files = read_adapter(folder)
+    factors, own = files.factors, files.own
     linears = _matching_linears(base_model, factors, folder)
     refuse_sharded(linears, "load_adapter")
     base = fingerprint(linears)
@@ -172,10 +180,10 @@ def load_adapter(
         raise ValueError(
             f"{folder} was trained on other weights than those of this {type(base_model).__name__}: the shapes agree, "
             "the values do not. Load the base model that the adapter was trained on "
-            f"({peft_config.get('base_model_name_or_path')!r}), unmerged and without other adapters, or pass "
+            f"({files.config.get('base_model_name_or_path')!r}), unmerged and without other adapters, or pass "
             "verify_base=False if the difference is intended."
         )
-    config = _config_of(peft_config, scaling, own)
+    config = _config_of(folder, files)
     shifted = bool(own.get("stacked")) and is_trainable
     if shifted:
         shared = shared_weights(base_model)
@@ -186,17 +194,23 @@ def load_adapter(
                     f"{folder / OWN_CONFIG} says that the adapter has the rank-2r form, but that of {name} has the odd "
                     f"rank {factors[name][0].shape[0]}. The two files do not belong together; save the adapter again."
                 )
+    else:
+        # On disk the scaling is part of B. Training goes on with that of the run, so that a step of B means the same.
+        r = files.config["r"]
+        scaling = config.scaling if is_trainable else files.scaling
+        config = replace(config, r=r, lora_alpha=scaling * r)
     base_model.requires_grad_(False)
     for name, linear in linears.items():
-        lora_A, lora_B = (factor.to(linear.weight.device, adapter_dtype) for factor in factors[name])
+        home = home_of(linear)
+        lora_A, lora_B = (factor.to(home, torch.float32) for factor in factors[name])
         if shifted:
-            _resume_shifted(linear, lora_A, lora_B, config)
+            _resume_shifted(linear, lora_A.to(adapter_dtype), lora_B.to(adapter_dtype), config)
             continue
         attach_adapter(
             linear,
-            lora_A,
-            lora_B,
-            scaling=scaling,
+            lora_A.to(adapter_dtype),
+            (lora_B * (files.scaling / config.scaling)).to(adapter_dtype),
+            scaling=config.scaling,
             train_a=is_trainable and not config.freeze_a,
             lora_dropout=config.lora_dropout,
         )
@@ -219,11 +233,8 @@ def merge(model: nn.Module) -> nn.Module:
     shared = shared_weights(model)
     for name, layer in layers.items():
         require_writable(name, layer, "Merging", shared)
-        if not all(torch.isfinite(gathered(factor.weight)).all() for factor in (layer.lora_A, layer.lora_B)):
-            raise ValueError(
-                f"The adapter of {name} holds NaN or Inf, so nothing was merged. The training run diverged; lower the "
-                "learning rate and start again from an earlier checkpoint."
-            )
+        factors = layer.lora_A.weight, layer.lora_B.weight
+        require_finite(f"The adapter of {name}", *factors, f", so nothing was merged. {_DIVERGED}")
     for layer in layers.values():
         # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
         shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
@@ -232,11 +243,11 @@ def merge(model: nn.Module) -> nn.Module:
     return wrapper
 
 
-def short_names(linear_names: Iterable[str], chosen: Iterable[str]) -> list[str]:
-    """Return last name components where they select exactly ``chosen`` among the linears, else whole names."""
+def short_names(names: Iterable[str], chosen: Iterable[str]) -> list[str]:
+    """Return last name components where they select exactly ``chosen`` among ``names``, else whole names."""
     chosen = set(chosen)
     endings = {name.rsplit(".", 1)[-1] for name in chosen}
-    selected = {name for name in linear_names if name.rsplit(".", 1)[-1] in endings}
+    selected = {name for name in names if name.rsplit(".", 1)[-1] in endings}
     return sorted(endings if selected == chosen else chosen)
 
 
@@ -273,31 +284,19 @@ def _base_name(model: nn.Module) -> str | None:
     return Path(name).name if name and os.path.isabs(name) else name
 
 
-def _config_of(peft_config: Mapping, scaling: float, own: Mapping) -> LoraNullConfig:
+def _config_of(folder: Path, files: AdapterFiles) -> LoraNullConfig:
     """Return the configuration that training goes on with."""
-    if own.get("config"):
-        return LoraNullConfig.from_dict(own["config"])
-    r = peft_config["r"]
-    dropout = peft_config.get("lora_dropout", 0.0)
-    return LoraNullConfig(r=r, lora_alpha=scaling * r, freeze_a=False, lora_dropout=dropout)
-
-
-def _plain_scaling(folder: Path, config: Mapping) -> float:
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("peft_type") != "LORA" or not isinstance(r, int) or not isinstance(alpha, int | float):
-        raise ValueError(
-            f"{folder / PEFT_CONFIG} describes a {config.get('peft_type')!r} adapter with r={r!r}, "
-            f"lora_alpha={alpha!r}; expected a LoRA adapter. Load it with PEFT."
-        )
-    special = [
-        key for key in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
-    ]
-    if special or config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
-        raise ValueError(
-            f"{folder / PEFT_CONFIG} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA with one "
-            "rank and without biases. Load it with PEFT."
-        )
-    return alpha / r**0.5 if config.get("use_rslora") else alpha / r
+    if files.own.get("config"):
+        try:
+            return LoraNullConfig.from_dict(files.own["config"])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / OWN_CONFIG} is damaged ({error}); save the adapter again, or delete that file to load the "
+                "adapter as one of another program."
+            ) from None
+    r = files.config["r"]
+    dropout = files.config.get("lora_dropout", 0.0)
+    return LoraNullConfig(r=r, lora_alpha=files.scaling * r, freeze_a=False, lora_dropout=dropout)
 
 
 def _matching_linears(

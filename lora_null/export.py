@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ._adapter_files import OWN_CONFIG, PEFT_CONFIG, WEIGHTS, read_factors, read_json
+from ._adapter_files import PEFT_CONFIG, read_adapter, read_json, replaced_folder
 from ._logging import logger
-from .adapter import _plain_scaling, short_names, write_adapter
+from .adapter import short_names, write_adapter
 from .config import LoraNullConfig
 from .layers import stack_delta
 
@@ -27,7 +27,8 @@ _WHOLE = "model.safetensors"
 _PARTS = ("lora_A", "lora_B", "initial_A", "initial_B")
 # Where initialize() and load_adapter() leave the contents of lora_null.json in a model's own configuration.
 _CONFIG_KEY = "lora_null"
-# The files of a merged checkpoint. A folder that holds anything else is the user's and is never replaced.
+# What a merged checkpoint may hold and be replaced, besides the files that its tokenizer has today: what versions of
+# transformers have written, and what they would read along with the new files. Anything else is the user's.
 _MERGED_FILES = (
     "config.json",
     "generation_config.json",
@@ -95,8 +96,16 @@ def export_adapter(
     return max(lora_A.shape[0] for lora_A, _ in source.factors.values())
 
 
-def check_merge_target(path: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> None:
+def check_merge_target(
+    path: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike] = (), tokenizer: Any = None
+) -> None:
     """Refuse a folder that must not be replaced by a merged model: one with other files, or one of the ``inputs``.
+
+    Args:
+        path: The folder to write; a missing or an empty one is free.
+        overwrite: Allow replacing a model folder, which deletes what it holds: config, weights, tokenizer.
+        inputs: What the merge reads.
+        tokenizer: The one that will be saved; the files that it writes are its own, whatever their names.
 
     Raises:
         ValueError: ``path`` is one of the ``inputs``, links followed.
@@ -105,11 +114,21 @@ def check_merge_target(path: Path, *, overwrite: bool, inputs: Iterable[str | os
     for source in map(Path, inputs):
         if source.exists() and source.resolve() == path.resolve():
             raise ValueError(f"{path} is the folder {source} that the merge reads. Choose another output folder.")
-    if path.exists() and not overwrite:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
         raise FileExistsError(f"{path} exists already. Choose another folder, or pass --overwrite to replace it.")
-    if path.exists() and not ((path / "config.json").exists() or (path.is_dir() and not any(path.iterdir()))):
+    if not (path / "config.json").exists():
         raise FileExistsError(f"{path} is not a model folder (no config.json); it is not overwritten.")
-    foreign = sorted(entry.name for entry in path.iterdir() if not _is_merged_file(entry)) if path.exists() else []
+    with tempfile.TemporaryDirectory() as scratch:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        known = (*_MERGED_FILES, *os.listdir(scratch))
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if not entry.is_file() or not any(fnmatchcase(entry.name, pattern) for pattern in known)
+    )
     if foreign:
         raise FileExistsError(
             f"{path} holds {foreign[:3]}{' and more' if len(foreign) > 3 else ''}, which are no files of a merged "
@@ -124,29 +143,9 @@ def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwr
         FileExistsError: ``output`` exists, and ``overwrite`` is not set or it holds more than a merged model.
     """
     path = Path(output)
-    check_merge_target(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        model.save_pretrained(work / "model")
-        tokenizer.save_pretrained(work / "model")
-        # Again: the model may have taken minutes to write.
-        check_merge_target(path, overwrite=overwrite)
-        replaced = path.exists()
-        if replaced:
-            os.rename(path, work / "old")
-        try:
-            os.rename(work / "model", path)
-        except BaseException:
-            if replaced:
-                os.rename(work / "old", path)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_merged_file(entry: Path) -> bool:
-    return entry.is_file() and any(fnmatchcase(entry.name, pattern) for pattern in _MERGED_FILES)
+    with replaced_folder(path, partial(check_merge_target, path, overwrite=overwrite, tokenizer=tokenizer)) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
 
 
 @dataclass(frozen=True)
@@ -158,20 +157,19 @@ class _Source:
 
 
 def _from_adapter(folder: Path, lora_alpha: float | None) -> _Source:
-    config = read_json(folder / PEFT_CONFIG)
+    files = read_adapter(folder)
     if lora_alpha is not None:
         raise ValueError(
-            f"{folder} states lora_alpha={config.get('lora_alpha')} itself; leave lora_alpha out, it is only for "
+            f"{folder} states lora_alpha={files.config.get('lora_alpha')} itself; leave lora_alpha out, it is only for "
             "a trainer's checkpoint of a patched model."
         )
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
-    scaling = _plain_scaling(folder, config)
-    on_disk = read_factors(folder / WEIGHTS)
-    factors = {name: stack_delta(lora_A, lora_B, scaling, None) for name, (lora_A, lora_B) in on_disk.items()}
+    factors = {
+        name: stack_delta(lora_A, lora_B, files.scaling, None) for name, (lora_A, lora_B) in files.factors.items()
+    }
     # A regular expression is kept out: not every reader knows that PEFT allows one.
-    targets = config.get("target_modules")
+    targets = files.config.get("target_modules")
     targets = targets if isinstance(targets, list) else sorted(factors)
-    return _Source(factors, targets, config.get("base_model_name_or_path"), own)
+    return _Source(factors, targets, files.config.get("base_model_name_or_path"), files.own)
 
 
 def _from_checkpoint(folder: Path, lora_alpha: float | None) -> _Source:

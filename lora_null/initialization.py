@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,12 +114,12 @@ def initialize(
     linears = target_linears(model, config.target_modules)
     with announcing_failure():
         _check(model, linears, covariances, config)
-    ranks = {covariances.group_of(name): config.r for name in linears}
-    spaces, energies = solve(covariances, ranks, method=method, seed=config.seed, progress=progress)
+    keys = dict.fromkeys(covariances.group_of(name) for name in linears)
+    spaces, energies = solve(covariances, keys, config.r, method=method, seed=config.seed, progress=progress)
     base_fingerprint = fingerprint(linears)
     start = {}
     for name, linear in tqdm(linears.items(), "factorise", unit="layer", disable=not progress):
-        start[name] = factorize(linear, spaces[covariances.group_of(name)].basis, dtype=adapter_dtype)
+        start[name] = factors_of(name, linear, spaces[covariances.group_of(name)].basis, dtype=adapter_dtype)
 
     # The model changes from here on, and nothing below can fail on the user's input.
     model.requires_grad_(False)
@@ -137,7 +137,8 @@ def initialize(
 
 def solve(
     covariances: Covariances,
-    ranks: Mapping[str, int],
+    keys: Iterable[str],
+    r: int,
     *,
     method: str = "auto",
     seed: int = 0,
@@ -147,7 +148,8 @@ def solve(
 
     Args:
         covariances: Of the model.
-        ranks: Group key to the number of directions wanted.
+        keys: Of the groups, each once.
+        r: Number of directions wanted.
         method: Passed to :func:`lora_null.null_space`.
         seed: Seed of the solver.
         progress: Show a progress bar.
@@ -155,23 +157,31 @@ def solve(
     Returns:
         By group key, the null spaces and their shares of the energy ``tr(U^T C U) / tr(C)``.
     """
+    keys = list(keys)
     traces: dict[str, float] = {}
 
-    def matrices(r: int) -> Iterator[tuple[str, Tensor]]:
+    def matrices() -> Iterator[tuple[str, Tensor]]:
         for key in mine:
-            if ranks[key] == r:
-                C = covariances[key]
-                traces[key] = float(C.diagonal().sum(dtype=torch.float64))
-                yield key, C
+            C = covariances[key]
+            traces[key] = float(C.diagonal().sum(dtype=torch.float64))
+            yield key, C
 
     with announcing_failure():
-        mine = divide({key: covariances.size(key) ** 3 for key in ranks})
-        found: dict[str, NullSpace] = {}
-        for r in sorted({ranks[key] for key in mine}):
-            found.update(null_spaces(matrices(r), r, method=method, seed=seed, progress=progress))
+        mine = divide({key: covariances.size(key) ** 3 for key in keys})
+        found = dict(null_spaces(matrices(), r, method=method, seed=seed, progress=progress))
     # Rounding can leave a singular matrix with a sum a little below zero.
     solved = gather({key: (space, max(space.energy, 0.0) / traces[key]) for key, space in found.items()})
-    return {key: solved[key][0] for key in ranks}, {key: solved[key][1] for key in ranks}
+    return {key: solved[key][0] for key in keys}, {key: solved[key][1] for key in keys}
+
+
+def factors_of(
+    name: str, linear: nn.Linear, basis: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Call :func:`lora_null.factorize`, with the name of the layer in its errors."""
+    try:
+        return factorize(linear, basis, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _attach(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> LoraNullLinear:

@@ -35,9 +35,9 @@ from .adapter import short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, in_first_process
-from .factors import factorize
-from .initialization import AdapterState, check_width, get_state, set_state, shift_base, solve
+from .initialization import AdapterState, check_width, factors_of, get_state, set_state, shift_base, solve
 from .layers import stack_delta
+from .solver import NullSpace
 
 __all__ = [
     "FusedKernels",
@@ -98,12 +98,22 @@ def initialize_lora_null_weights(
     for name, layer in layers.items():
         key = covariances.group_of(sources[name])
         ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
-    spaces, energies = solve(covariances, ranks, method=method, seed=seed, progress=progress)
+    spaces: dict[str, NullSpace] = {}
+    energies: dict[str, float] = {}
+    for r in sorted(set(ranks.values())):
+        keys = [key for key, rank in ranks.items() if rank == r]
+        solved = solve(covariances, keys, r, method=method, seed=seed, progress=progress)
+        spaces.update(solved[0])
+        energies.update(solved[1])
     base = fingerprint({name: layer.get_base_layer() for name, layer in layers.items()})
+    start = {}
     for name, layer in tqdm(layers.items(), "factorise", unit="layer", disable=not progress):
         # Eigenvalues ascend, so a smaller rank takes the leading columns.
         basis = spaces[covariances.group_of(sources[name])].basis[:, : layer.r[adapter_name]]
-        _initialize_layer(layer, basis, adapter_name, freeze_a)
+        start[name] = factors_of(name, layer.get_base_layer(), basis)
+    # The model changes from here on, and nothing below can fail on the user's input.
+    for name, layer in layers.items():
+        _initialize_layer(layer, *start.pop(name), adapter_name, freeze_a)
     if not freeze_a:
         warn_once(
             "shifted-peft-base",
@@ -180,7 +190,7 @@ def save_adapter(
         write_adapter,
         Path(path),
         factors,
-        target_modules=short_names(_linear_names(peft_model), factors),
+        target_modules=short_names(_base_names(peft_model), factors),
         base_model_name_or_path=Path(base).name if base and os.path.isabs(base) else base,
         own=state.to_dict(stacked=any(_INITIAL in layer.__dict__ for layer in layers.values())),
         dtype=dtype,
@@ -209,13 +219,10 @@ def _lora_config(peft_model: PeftModel, adapter_name: str) -> Any:
     return peft_model.peft_config[adapter_name]
 
 
-def _linear_names(peft_model: PeftModel) -> set[str]:
-    """Return the names that linear layers have in the base model without its adapters."""
-    modules = peft_model.get_base_model().named_modules()
-    plain = {plain_name(name) for name, module in modules if isinstance(module, nn.Linear | lora.LoraLayer)}
-    return {
-        name for name in plain if not any(f".{part}." in f".{name}." for part in ("lora_A", "lora_B", "base_layer"))
-    }
+def _base_names(peft_model: PeftModel) -> set[str]:
+    """Return the names that modules have in the base model without its adapters."""
+    names = {plain_name(name) for name, _ in peft_model.get_base_model().named_modules()}
+    return {name for name in names if not any(part in name.split(".") for part in ("lora_A", "lora_B", "base_layer"))}
 
 
 def _covariance_name(name: str, covariances: Covariances) -> str:
@@ -252,9 +259,8 @@ def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: 
 
 
 @torch.no_grad()
-def _initialize_layer(layer: Any, basis: Tensor, adapter_name: str, freeze_a: bool) -> None:
+def _initialize_layer(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
     base = layer.get_base_layer()
-    initial_A, initial_B = factorize(base, basis)
     layer.lora_A[adapter_name].weight.copy_(initial_A)
     if freeze_a:
         layer.lora_B[adapter_name].weight.zero_()

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._adapter_files import OWN_CONFIG, PEFT_CONFIG, WEIGHTS, read_factors, read_json
-from .adapter import _plain_scaling
+from ._adapter_files import read_adapter
 from .covariances import Covariances
 
 # Below this share of the largest eigenvalue the spectrum of an fp32 sum is rounding noise.
@@ -123,16 +122,13 @@ def adapter_report(
         FileNotFoundError: ``path`` is not an adapter folder.
         ValueError: A file is damaged, or the covariances belong to another model.
     """
-    folder = Path(path)
-    config = read_json(folder / PEFT_CONFIG)
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
-    factors = read_factors(folder / WEIGHTS)
-    scaling = _plain_scaling(folder, config)
+    files = read_adapter(Path(path))
+    config, own, factors = files.config, files.own, files.factors
     rows = []
     # Kept for each sharing group, whose layers are apart in the file: vectors are small, eigenproblems are not.
     eigenvalues: dict[str, Tensor] = {}
     for name, (lora_A, lora_B) in tqdm(factors.items(), "updates", unit="layer", disable=not progress):
-        factor_A, factor_B = lora_A.double(), scaling * lora_B.double()
+        factor_A, factor_B = lora_A.double(), files.scaling * lora_B.double()
         if covariances is None:
             rows.append(_measure(name, factor_A, factor_B))
             continue
