@@ -1,4 +1,4 @@
-"""Adapters on disk: stock PEFT reads them, servers' rules hold, and bad files never cost data."""
+"""Adapters on disk: stock PEFT reads them, servers' rules hold, and training goes on from them."""
 
 import json
 import subprocess
@@ -6,32 +6,16 @@ import sys
 
 import pytest
 import torch
+from adapter_tools import R, ids, trained
 from safetensors.torch import load_file, save_file
 
 import lora_null
 from lora_null import _adapter_files
+from lora_null.export import export_adapter
 from lora_null.layers import adapter_layers
 
-R = 6
 # vLLM's documented choices for max_lora_rank.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
-def ids(seed=3):
-    return torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(seed))
-
-
-def trained(llama, token_batches, dtype=torch.float32, seed=0, **config):
-    model = llama(dtype)
-    covariances = lora_null.calibrate(model, token_batches(), progress=False)
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, **config), progress=False)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for layer in adapter_layers(model).values():
-            for factor in (layer.lora_A, layer.lora_B):
-                if factor.weight.requires_grad:
-                    factor.weight.add_(0.1 * torch.randn_like(factor.weight))
-    return model
 
 
 @pytest.fixture(params=[True, False], ids=["frozen_a", "trained_a"])
@@ -137,6 +121,30 @@ def test_training_can_go_on_after_a_round_trip(llama, token_batches, tmp_path, f
         torch.testing.assert_close(second[key], first[key], rtol=1e-5, atol=2e-6)
 
 
+def test_a_checkpoint_of_continued_training_exports_to_the_same_function(llama, token_batches, tmp_path, freeze_a):
+    """Where lora_alpha is not r: the scaling that a loaded model states is the one that its layers apply."""
+    lora_null.save_adapter(trained(llama, token_batches, freeze_a=freeze_a, lora_alpha=9), tmp_path / "first")
+    for trainable in (True, False):
+        model = lora_null.load_adapter(llama(), tmp_path / "first", is_trainable=trainable)
+        expected = model(ids()).logits
+        model.save_pretrained(tmp_path / f"checkpoint{trainable}")
+        export_adapter(tmp_path / f"checkpoint{trainable}", tmp_path / f"second{trainable}")
+        again = lora_null.load_adapter(llama(), tmp_path / f"second{trainable}")
+        assert (again(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
+        if trainable:
+            assert {layer.scaling for layer in adapter_layers(model).values()} == {1.5}
+
+
+def test_an_adapter_is_loaded_where_an_offloaded_model_computes(llama, token_batches, tmp_path):
+    from accelerate import cpu_offload
+
+    model = trained(llama, token_batches)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    offloaded = lora_null.load_adapter(cpu_offload(llama(), execution_device="cpu"), tmp_path / "adapter")
+    assert not any(layer.lora_B.weight.is_meta for layer in adapter_layers(offloaded).values())
+    torch.testing.assert_close(offloaded(ids()).logits, model(ids()).logits)
+
+
 def test_reads_an_ordinary_peft_adapter(llama, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -186,6 +194,27 @@ def test_names_are_whole_where_endings_would_select_more(llama, token_batches, t
     assert (loaded(ids()).logits - expected).norm() <= 1e-6 * expected.norm()
 
 
+def test_names_are_whole_where_endings_would_select_other_modules(llama, calibrated, tmp_path):
+    """A convolution named as a linear layer is, as in vision towers, must not get an adapter from the readers."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def with_tower():
+        model = llama()
+        model.tower = torch.nn.ModuleDict({"q_proj": torch.nn.Conv1d(8, 8, 1)})
+        return model
+
+    wanted = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    model, by_peft = with_tower(), get_peft_model(with_tower(), LoraConfig(r=2, lora_alpha=2, target_modules=wanted))
+    lora_null.initialize(model, calibrated[1], lora_null.LoraNullConfig(r=2, target_modules=["q_proj"]), progress=False)
+    lora_null.peft.initialize_lora_null_weights(by_peft, calibrated[1], progress=False)
+    lora_null.save_adapter(model, tmp_path / "own")
+    lora_null.peft.save_adapter(by_peft, tmp_path / "peft")
+    for folder in ("own", "peft"):
+        loaded = PeftModel.from_pretrained(with_tower(), str(tmp_path / folder))
+        adapted = {name for name in loaded.state_dict() if "lora_A" in name}
+        assert adapted == {f"base_model.model.{name}.lora_A.default.weight" for name in wanted}
+
+
 def test_no_absolute_path_is_published(llama, token_batches, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -198,118 +227,3 @@ def test_no_absolute_path_is_published(llama, token_batches, tmp_path):
         assert str(tmp_path).encode() not in file.read_bytes(), file
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "my-base"
-
-
-class TestNothingIsLost:
-    def test_an_existing_folder_is_refused(self, llama, token_batches, tmp_path):
-        model = trained(llama, token_batches)
-        lora_null.save_adapter(model, tmp_path / "adapter")
-        before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-        with pytest.raises(FileExistsError, match="overwrite=True"):
-            lora_null.save_adapter(model, tmp_path / "adapter")
-        assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
-
-    def test_overwriting_replaces_an_adapter_but_never_other_files(self, llama, token_batches, tmp_path):
-        model = trained(llama, token_batches)
-        lora_null.save_adapter(model, tmp_path / "adapter")
-        lora_null.save_adapter(trained(llama, token_batches, seed=1), tmp_path / "adapter", overwrite=True)
-        (tmp_path / "adapter" / "thesis.tex").write_text("years of work")
-        with pytest.raises(FileExistsError, match=r"thesis\.tex"):
-            lora_null.save_adapter(model, tmp_path / "adapter", overwrite=True)
-        assert (tmp_path / "adapter" / "thesis.tex").read_text() == "years of work"
-        (tmp_path / "file").write_text("mine")
-        with pytest.raises(FileExistsError, match="not an adapter folder"):
-            lora_null.save_adapter(model, tmp_path / "file", overwrite=True)
-
-    @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError], ids=["interrupt", "disk_full"])
-    def test_an_interrupted_save_leaves_the_old_adapter_whole(
-        self, llama, token_batches, tmp_path, monkeypatch, interrupt
-    ):
-        import lora_null.adapter
-
-        model = trained(llama, token_batches)
-        lora_null.save_adapter(model, tmp_path / "adapter")
-        before = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
-
-        def fail(*_):
-            raise interrupt("stopped")
-
-        monkeypatch.setattr(lora_null.adapter, "write_json", fail)
-        with pytest.raises(interrupt):
-            lora_null.save_adapter(trained(llama, token_batches, seed=1), tmp_path / "adapter", overwrite=True)
-        assert {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()} == before
-        assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
-
-    def test_a_diverged_adapter_is_not_saved(self, llama, token_batches, tmp_path):
-        model = trained(llama, token_batches)
-        next(iter(adapter_layers(model).values())).lora_B.weight.data[0, 0] = float("nan")
-        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj holds NaN"):
-            lora_null.save_adapter(model, tmp_path / "adapter")
-        assert not list(tmp_path.iterdir())
-
-    def test_a_model_without_adapters_has_nothing_to_save_or_merge(self, llama, tmp_path):
-        for call in (lambda model: lora_null.save_adapter(model, tmp_path / "adapter"), lora_null.merge):
-            with pytest.raises(ValueError, match="carries no lora_null adapter"):
-                call(llama())
-
-
-class TestForeignFiles:
-    @pytest.fixture
-    def saved(self, llama, token_batches, tmp_path):
-        lora_null.save_adapter(trained(llama, token_batches), tmp_path / "adapter")
-        return tmp_path / "adapter"
-
-    def refused(self, model, path, match, error=ValueError):
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(error, match=match):
-            lora_null.load_adapter(model, path)
-        assert not adapter_layers(model)
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-    def test_another_architecture(self, llama, saved):
-        self.refused(llama(hidden_size=32), saved, "belongs to another model")
-        self.refused(llama(num_hidden_layers=1), saved, r"layers\.1\.\S+, which is no module")
-
-    def test_other_weights_of_the_same_shape(self, llama, saved):
-        other = llama(seed=7)
-        self.refused(other, saved, "the shapes agree, the values do not")
-        assert adapter_layers(lora_null.load_adapter(other, saved, verify_base=False))
-
-    def test_the_same_weights_in_another_dtype_are_the_same_model(self, llama, saved):
-        assert adapter_layers(lora_null.load_adapter(llama(torch.bfloat16), saved))
-
-    def test_truncated_weights(self, llama, saved):
-        file = saved / "adapter_model.safetensors"
-        file.write_bytes(file.read_bytes()[:-100])
-        self.refused(llama(), saved, "not a readable safetensors file")
-
-    def test_a_pickle_is_never_opened(self, llama, saved, tmp_path):
-        import pickle
-
-        class Bomb:
-            def __reduce__(self):
-                return (open, (str(tmp_path / "exploded"), "w"))
-
-        (saved / "adapter_model.safetensors").write_bytes(pickle.dumps(Bomb()))
-        self.refused(llama(), saved, "not a readable safetensors file")
-        assert not (tmp_path / "exploded").exists()
-
-    def test_strange_tensors(self, llama, saved):
-        save_file({"conv.weight": torch.zeros(2)}, str(saved / "adapter_model.safetensors"))
-        self.refused(llama(), saved, r"conv\.weight")
-
-    def test_damaged_or_missing_configuration(self, llama, saved):
-        (saved / "adapter_config.json").write_text('{"r": ')
-        self.refused(llama(), saved, "is damaged")
-        (saved / "adapter_config.json").unlink()
-        self.refused(llama(), saved, "not an adapter folder", FileNotFoundError)
-
-    @pytest.mark.parametrize(
-        "change",
-        [{"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}],
-        ids=lambda change: next(iter(change)),
-    )
-    def test_adapters_of_another_kind(self, llama, saved, change):
-        config = json.loads((saved / "adapter_config.json").read_text())
-        (saved / "adapter_config.json").write_text(json.dumps({**config, **change}))
-        self.refused(llama(), saved, "expected (a LoRA adapter|plain LoRA)")

@@ -15,14 +15,8 @@ from torch import nn
 from lora_null import Covariances, LoraNullConfig, calibrate
 from lora_null._checkpoint import weights_key
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are faster on one thread, and the bits of a sum depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Tiny products are faster on one thread, and the bits of a sum depend on the number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def llama(seed=0, dtype=torch.float32):

@@ -11,16 +11,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from lora_null import LoraNullConfig, calibrate
 from lora_null.calibration import memory_plan
 
+# Tiny products are faster on one thread, and the bits of a sum depend on the number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GiB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are faster on one thread, and the bits of a sum depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama(layers=4, hidden=32, intermediate=56):

@@ -9,6 +9,9 @@ from torch import nn
 from lora_null.layers import attach_adapter
 from lora_null.projection_groups import share_projections
 
+# Matrices this small are slower on two threads, and much slower beside another process.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, RANK = 100, 4
 
 
@@ -51,15 +54,6 @@ def train(model, batches):
         optimizer.zero_grad()
         losses.append(loss.item())
     return torch.tensor(losses, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on two threads, and much slower beside another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("frozen_a", [True, False], ids=["frozen_a", "trained_a"])

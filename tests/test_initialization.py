@@ -332,6 +332,13 @@ class TestBadInput:
             lora_null.merge(model)
         assert len(adapter_layers(model)) == 14
 
+    def test_a_damaged_weight_is_named(self, calibrated):
+        model, covariances = calibrated
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: factorize: .*damaged checkpoint"):
+            lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+        assert not adapter_layers(model)
+
     def test_inference_mode_does_not_spoil_training(self, calibrated):
         model, covariances = calibrated
         with torch.inference_mode():

@@ -1,21 +1,14 @@
 """Every launcher of `lora_null.kernels.lora` against float64, on ugly shapes and NaN-filled outputs.
 
-Runs on a CUDA device, or in Triton's interpreter when the process is started with TRITON_INTERPRET=1
-(`test_kernel_interpreter.py` does); the interpreter multiplies bf16 wrongly, so there it is fp16 and fp32.
+Where they run is said in ``kernel_tools.py``.
 """
-
-import os
 
 import pytest
 import torch
+from kernel_tools import DEVICE, DTYPES, INTERPRETED, needs_device
 from lora_null.kernels import config, lora, runtime, syrk
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+pytestmark = [needs_device, pytest.mark.usefixtures("poisoned_memory")]
 # (T, d, m, r)
 SHAPES = [
     (63, 100, 72, 1),
@@ -27,18 +20,6 @@ SHAPES = [
 ]
 if not INTERPRETED:
     SHAPES += [(2048, 1504, 736, 16), (4096, 4096, 1024, 128), (1000, 2048, 2048, 512)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fill everything that torch.empty returns with NaN: an element that no kernel writes shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture(params=[1, 64], ids=["whole", "split"])

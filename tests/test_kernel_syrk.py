@@ -1,25 +1,18 @@
 """The symmetric kernel against float64: tile order, ragged sizes, masks, splits, strides, both variants.
 
-Runs on a CUDA device, or in Triton's interpreter when the process is started with TRITON_INTERPRET=1
-(`test_kernel_interpreter.py` does).
+Where they run is said in ``kernel_tools.py``.
 """
-
-import os
 
 import pytest
 import torch
+from kernel_tools import DEVICE, DTYPES, INTERPRETED, needs_device
 from lora_null.kernels import config, runtime, syrk
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 triangle_tile = pytest.importorskip("lora_null.kernels.syrk_kernels").triangle_tile
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+pytestmark = [needs_device, pytest.mark.usefixtures("poisoned_memory")]
 SMALL = {"ATOMIC": False, "GROUP": 2, "SLICE_STEPS": 1, "num_warps": 4, "num_stages": 2}
 VARIANTS = {
     "square": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL},
@@ -28,18 +21,6 @@ VARIANTS = {
         "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL, "TMA": True, "OCCUPANCY": 1, "ATOMIC": True,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fill everything that torch.empty returns with NaN: an element that no kernel writes shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def use(monkeypatch, variant, multiprocessors=1):

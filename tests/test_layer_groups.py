@@ -2,114 +2,19 @@
 
 import copy
 import gc
-import io
-import threading
 import weakref
 
 import pytest
 import torch
+from group_tools import D, assert_same, gradients, group_of, pair, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lora_null
-from lora_null.layers import attach_adapter, detach_adapter
-from lora_null.ops import vendor
-from lora_null.projection_groups import share_projections
+from lora_null.layers import detach_adapter
 
-D, M, R = 24, 20, 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on two threads, and much slower beside another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Attention(nn.Module):
-    """q, k and v read x; o reads something else."""
-
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        for name, m in (("q", M), ("k", 12), ("v", 12)):
-            setattr(self, name, nn.Linear(D, m, bias=name == "q", dtype=dtype))
-        self.o = nn.Linear(M, D, bias=False, dtype=dtype)
-
-    def forward(self, x):
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return x + self.o(q * torch.cat([k, v[..., : M - 12]], -1))
-
-
-def null_space_adapters(model, dtype=None, dropout=0.0, seed=0):
-    """Frozen factors of the form that the initialisation gives: ``A_i = sqrt(D_i) R_i^T U^T`` per parent module."""
-    g = torch.Generator().manual_seed(seed)
-    for parent in [m for m in model.modules() if isinstance(m, Attention)]:
-        shared = torch.linalg.qr(torch.randn(D, R, generator=g, dtype=torch.float64))[0]
-        for name in "qkvo":
-            linear = getattr(parent, name)
-            basis = shared
-            if name == "o":
-                basis = torch.linalg.qr(torch.randn(M, R, generator=g, dtype=torch.float64))[0]
-            rotation = torch.linalg.qr(torch.randn(R, R, generator=g, dtype=torch.float64))[0]
-            lengths = torch.logspace(0, -4, R, dtype=torch.float64).sqrt()
-            lora_A = lengths[:, None] * (rotation @ basis.t())
-            lora_B = torch.randn(linear.out_features, R, generator=g, dtype=torch.float64)
-            kind = dtype or linear.weight.dtype
-            attach_adapter(linear, lora_A.to(kind), lora_B.to(kind), scaling=0.5, lora_dropout=dropout)
-    return model
-
-
-@pytest.fixture
-def projections(monkeypatch):
-    """Shapes of the projections that were computed."""
-    seen = []
-    project = vendor.project
-
-    def counting(x, lora_As, **options):
-        seen.append((tuple(x.shape), len(lora_As)))
-        return project(x, lora_As, **options)
-
-    monkeypatch.setattr(vendor, "project", counting)
-    return seen
-
-
-def pair(layers=1, dtype=torch.float64, factor_dtype=None, **options):
-    """The same model without and with sharing."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*[Attention(dtype) for _ in range(layers)])
-    plain = null_space_adapters(model, factor_dtype, **options)
-    shared = copy.deepcopy(plain)
-    assert share_projections(shared) == layers
-    return plain, shared
-
-
-def tokens(*lead, dtype=torch.float64, grad=True):
-    x = torch.randn(*lead, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return x.to(dtype).requires_grad_(grad)
-
-
-def gradients(model, x, forward=None):
-    model.zero_grad()
-    leaf = x.detach().requires_grad_(x.requires_grad)
-    y = (forward or model)(leaf)
-    y.square().sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": leaf.grad} | found
-
-
-def assert_same(got, want, **tolerance):
-    assert set(got) == set(want)
-    for name, value in want.items():
-        if value is not None:
-            torch.testing.assert_close(got[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def group_of(model):
-    return model[0].q.projection_group
+# Matrices this small are slower on two threads, and much slower beside another process.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_same_values_and_gradients_with_one_projection(projections):
@@ -229,40 +134,6 @@ def test_the_same_layer_twice_and_any_order():
     assert_same(gradients(shared, x, forward(shared)), gradients(plain, x, forward(plain)), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant, projections):
-    plain, shared = pair(layers=3)
-    x = tokens(2, 5)
-    want = gradients(plain, x)
-
-    def forward(x):
-        for block in shared:
-            x = checkpoint(block, x, use_reentrant=reentrant)
-        return x
-
-    projections.clear()
-    assert_same(gradients(shared, x, forward), want, rtol=1e-10, atol=1e-10)
-    assert len(projections) == 3 * 2 * 2
-    assert all(block.q.projection_group._entry is None for block in shared)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("inside", ["q", "k", "kv"])
-def test_a_projection_never_crosses_the_border_of_a_checkpoint(reentrant, inside):
-    plain, shared = pair()
-
-    def forward(model, mark):
-        def apply(name, x):
-            layer = getattr(model[0], name)
-            return checkpoint(layer, x, use_reentrant=reentrant) if mark and name in inside else layer(x)
-
-        return lambda x: torch.cat([apply(name, x) for name in "qkv"], -1)
-
-    x = tokens(5)
-    want = gradients(plain, x, forward(plain, False))
-    assert_same(gradients(shared, x, forward(shared, True)), want, rtol=1e-10, atol=1e-10)
-
-
 def test_too_few_tokens_to_pay_for_the_folding_are_not_shared(projections):
     # (n - 1) T d > r sum(m): 2 * T * 24 > 4 * 44 from T = 4 on
     shared = pair()[1]
@@ -294,121 +165,6 @@ def test_disabled_adapters_and_trained_factors_do_not_share(projections):
     projections.clear()
     assert_same(gradients(shared, x), want, rtol=1e-10, atol=1e-10)
     assert len(projections) == 3
-
-
-def test_groups_are_not_part_of_the_model_s_state():
-    plain, shared = pair()
-    assert list(shared.state_dict()) == list(plain.state_dict())
-    assert [n for n, _ in shared.named_buffers()] == [n for n, _ in plain.named_buffers()]
-    assert [n for n, _ in shared.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    assert list(dict(shared.named_modules())) == list(dict(plain.named_modules()))
-
-
-def test_copies_and_pickles_share_among_themselves(projections):
-    plain, shared = pair()
-    x = tokens(5)
-    shared[0].q(x)
-    buffer = io.BytesIO()
-    torch.save(shared, buffer)
-    buffer.seek(0)
-    for twin in (copy.deepcopy(shared), torch.load(buffer, weights_only=False)):
-        assert twin[0].q.projection_group is twin[0].k.projection_group
-        assert twin[0].q.projection_group is not shared[0].q.projection_group
-        assert twin[0].q.projection_group._entry is None
-        want = gradients(plain, x)
-        projections.clear()
-        assert_same(gradients(twin, x), want, rtol=1e-10, atol=1e-10)
-        assert len(projections) == 2
-
-
-def test_a_converted_model_still_shares(projections):
-    _, shared = pair()
-    shared(tokens(5))
-    projections.clear()
-    shared.float()(tokens(5, dtype=torch.float32))
-    assert len(projections) == 2
-
-
-def test_loading_other_factors_is_noticed(caplog, projections):
-    plain, shared = pair()
-    x = tokens(5)
-    shared(x)
-    other = torch.randn(R, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    state = plain.state_dict()
-    state["0.k.lora_A.weight"] = other
-    for model in (plain, shared):
-        model.load_state_dict(state)
-    want = gradients(plain, x)
-    projections.clear()
-    assert_same(gradients(shared, x), want, rtol=1e-10, atol=1e-10)
-    assert len(projections) == 3
-    assert share_projections(shared) == 1
-    assert shared[0].k.projection_group is None
-
-
-def test_factors_that_change_at_every_call_end_the_sharing(projections):
-    plain, shared = pair()
-    for _ in range(20):
-        with torch.no_grad():
-            for model in (plain, shared):
-                model[0].q.lora_A.weight.mul_(1.0)
-        x = tokens(5)
-        shared(x)
-    projections.clear()
-    shared(x)
-    assert len(projections) == 4
-
-
-def test_autocast(projections):
-    plain, shared = pair(dtype=torch.float32)
-    x = tokens(33, dtype=torch.float32)
-    truth = gradients(copy.deepcopy(plain).double(), x.detach().double().requires_grad_())
-
-    def cast(model):
-        def forward(x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return model(x)
-
-        return forward
-
-    own = gradients(plain, x, cast(plain))
-    projections.clear()
-    got = gradients(shared, x, cast(shared))
-    assert len(projections) == 2
-    for name, want in truth.items():
-        errors = [(found[name].double() - want).norm() / want.norm() for found in (got, own)]
-        assert errors[0] <= 2 * errors[1], f"{name}: {errors[0]:.3g}, unshared {errors[1]:.3g}"
-
-
-def test_threads_do_not_mix_projections():
-    plain, shared = pair()
-    inputs = [torch.full((7, D), float(i), dtype=torch.float64) for i in range(4)]
-    with torch.no_grad():
-        want = [plain(x) for x in inputs]
-    wrong = []
-
-    def work(index):
-        with torch.no_grad():
-            for _ in range(50):
-                if not torch.allclose(shared(inputs[index]), want[index]):
-                    wrong.append(index)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_compiled_models_keep_their_gradients():
-    plain, shared = pair()
-    x = tokens(5)
-    want = gradients(plain, x)
-    torch._dynamo.reset()
-    compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")
-    assert_same(gradients(shared, x, compiled), want, rtol=1e-10, atol=1e-10)
-    assert group_of(shared)._entry is None
 
 
 CALLS = st.tuples(
@@ -450,18 +206,3 @@ def test_any_sequence_of_calls_gives_what_unshared_layers_give(calls):
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-
-
-def test_initialised_and_loaded_models_share(calibrated, llama, tmp_path):
-    model, covariances = calibrated
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=4), progress=False)
-    lora_null.save_adapter(model, tmp_path / "adapter")
-    loaded = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True)
-    for adapted in (model, loaded):
-        block = adapted.model.layers[0]
-        sizes = [getattr(p, "size", None) for p in (layer.projection_group for layer in block.self_attn.children())]
-        assert sizes == [3, 3, 3, None]
-        assert block.mlp.gate_proj.projection_group is block.mlp.up_proj.projection_group is not None
-        assert block.mlp.down_proj.projection_group is None
-    merged = lora_null.merge(model)
-    assert all("projection_group" not in vars(module) for module in merged.modules())

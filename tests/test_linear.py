@@ -8,17 +8,11 @@ from torch import Tensor
 
 from lora_null import ops
 
+# Matrices this small are slower on two threads, and much slower beside another process.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 BACKENDS = ("cublas", "torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on two threads, and much slower beside another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case(lead, d, m, r, dtype, *, factor_dtype=None, seed=0, grad=NAMES):

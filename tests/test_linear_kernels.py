@@ -1,26 +1,20 @@
 """The differentiable operations through the Triton kernels, from end to end.
 
-Runs on a CUDA device, or in Triton's interpreter when the process is started with TRITON_INTERPRET=1
-(`test_kernel_interpreter.py` does); the interpreter multiplies bf16 wrongly, so there it is fp16 and fp32.
+Where they run is said in ``kernel_tools.py``.
 """
 
 import json
-import os
 import time
 
 import pytest
 import torch
+from kernel_tools import DEVICE, DTYPES, needs_device
 from lora_null.kernels import lora
 
 from lora_null import ops
 from lora_null.ops import dispatch, tune
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+pytestmark = needs_device
 NAMES = ("x", "lora_A", "lora_B")
 
 

@@ -7,16 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_null import ops
 
+# Matrices this small are slower on two threads, and much slower beside another process.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on two threads, and much slower beside another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case(dtype=torch.float32, lead=(2, 9), d=24, m=18, r=4, grad=("x", "lora_A", "lora_B")):

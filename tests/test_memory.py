@@ -14,16 +14,10 @@ from lora_null.ops import vendor
 from lora_null.ops.traffic import Traffic, group_traffic, linear_traffic
 from lora_null.projection_groups import share_projections
 
+# Matrices this small are slower on two threads, and much slower beside another process.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, D, M, R = 60, 24, 36, 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on two threads, and much slower beside another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Count(TorchDispatchMode):

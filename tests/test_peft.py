@@ -191,6 +191,16 @@ class TestFallback:
 
 
 class TestBadInput:
+    def test_a_damaged_last_layer_leaves_the_others_as_they_were(self, llama, covariances):
+        model = peft_llama(llama)
+        last = model.get_base_model().model.layers[1].mlp.down_proj.base_layer
+        last.weight.data[0, 0] = float("nan")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: factorize: .*damaged checkpoint"):
+            lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=False, progress=False)
+        after = model.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items() if not value.isnan().any())
+
     def test_covariances_of_another_model(self, llama, covariances):
         model = get_peft_model(llama(hidden_size=32), LoraConfig(r=2, target_modules="all-linear"))
         before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 from lora_null import NullSpace, _extension, null_space
 from lora_null import _solver_filtered as python_solver
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # The matrices are small: on a busy machine two threads wait for each other longer than they compute.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# The matrices are small: on a busy machine two threads wait for each other longer than they compute.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["compiled", "python"])
