@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_null import ops
+from lora_null.ops import covariance
 
 
 def samples(T: int, d: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -195,6 +196,36 @@ def test_gradient_inputs_are_accepted():
     C = torch.zeros(16, 16)
     ops.covariance_update(C, x)
     assert not C.requires_grad and x.grad is None
+
+
+@pytest.mark.parametrize("legacy", ["highest", "high", "medium"])
+@pytest.mark.parametrize("switch", [None, "tf32"])
+def test_both_ways_to_allow_tf32_agree_inside_and_come_back(legacy, switch):
+    matmul = torch.backends.cuda.matmul
+    before, own = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision(legacy)
+        if switch:
+            matmul.fp32_precision = switch
+        wanted = matmul.fp32_precision
+        with covariance._full_precision():
+            # torch asks this before a product and raises where the two disagree
+            assert matmul.allow_tf32 is False
+        assert matmul.fp32_precision == wanted
+        if switch is None or legacy != "highest":
+            assert torch.get_float32_matmul_precision() == legacy
+    finally:
+        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = own
+
+
+def test_fp64_sum_of_fp32_products_under_autocast():
+    left, right = samples(60, 8, torch.float32), samples(60, 8, torch.float32, 1)
+    block = torch.zeros(8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        covariance._add_product(block, left, right)
+    truth = left.double().t() @ right.double()
+    assert (block - truth).norm() < 1e-6 * truth.norm()
 
 
 @pytest.mark.cuda

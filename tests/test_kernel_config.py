@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,3 +181,26 @@ def test_supported_says_what_is_in_the_way(monkeypatch):
     assert "rank 513" in lora.supported(x, w, rank=513)
     assert "2-D" in lora.supported(x[0], w)
     assert "row stride" in syrk.supported(torch.empty_strided((2, 2), (1 << 23, 1), device="meta"))
+
+
+@pytest.mark.parametrize("legacy, switch, expected", [("highest", None, "ieee"), ("high", None, "tf32"),
+                                                      ("highest", "tf32", "tf32"), ("high", "ieee", "ieee")])  # fmt: skip
+def test_tf32_follows_whichever_switch_was_used(legacy, switch, expected):
+    matmul = torch.backends.cuda.matmul
+    before, own = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    on_cuda = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    try:
+        torch.set_float32_matmul_precision(legacy)
+        if switch:
+            matmul.fp32_precision = switch
+        assert runtime.precision(on_cuda) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = own
+
+
+def test_rows_that_overlap_get_no_descriptor():
+    x = torch.zeros(8, 64, dtype=torch.float16)
+    assert runtime.aligned(x) and runtime.aligned(x[::2]) and runtime.aligned(x[:, :40])
+    assert not runtime.aligned(x[:1].expand(8, 64)), "a gradient that autograd has expanded along the tokens"
+    assert not runtime.aligned(x[:, 4:]) and not runtime.aligned(x[:, ::2])

@@ -73,8 +73,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def aligned(x: Tensor) -> bool:
-    """Say whether tensor descriptors can address ``x``: 16-byte base and row strides, unit columns."""
-    rows_fit = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+    """Say whether tensor descriptors can address ``x``: 16-byte base and row strides, unit columns, no overlap."""
+    rows_fit = all(stride * x.itemsize % 16 == 0 and stride >= x.shape[-1] for stride in x.stride()[:-1])
     return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and rows_fit
 
 
@@ -114,7 +114,8 @@ def splits_for(tiles: int, steps: int, slice_steps: int, device: torch.device, o
 def precision(x: Tensor) -> str:
     """Return how fp32 operands are multiplied: exactly, or in TF32 where torch's own switch allows that."""
     if x.dtype == torch.float32 and x.device.type == "cuda" and not torch.version.hip:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        # both of torch's interfaces set this one; `get_float32_matmul_precision` raises after the use of the newer
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return "ieee"
 
 

@@ -213,7 +213,8 @@ def _add_product(block: Tensor, left: Tensor, right: Tensor) -> None:
     elif block.dtype == torch.float32:
         torch.addmm(block, left.t(), right, out_dtype=torch.float32, out=block)
     elif left.dtype == torch.float32:
-        block.add_(torch.mm(left.t(), right))
+        # autocast would make a product without ``out`` in half precision
+        block.add_(torch.mm(left.t(), right, out=left.new_empty(block.shape)))
     else:
         block.add_(torch.mm(left.t(), right, out_dtype=torch.float32))
 
@@ -223,10 +224,19 @@ def _full_precision() -> Iterator[None]:
     """Keep fp32 products fp32: TF32 (or bf16 on the CPU) would lose the eigenvalues this sum exists for."""
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the switches were set one by one, beside the legacy "highest"
+        legacy = "highest"
+    # while it and the switches disagree, torch raises where it asks whether cuBLAS may use TF32
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
     for switch in switches:
         switch.fp32_precision = "ieee"
     try:
         yield
     finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value
