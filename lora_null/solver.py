@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
@@ -220,7 +221,8 @@ def null_spaces(
                     "matrix. For matrices without keys pass enumerate(matrices), for a single one call null_space."
                 )
             key, C = pair
-            pending.append((key, pool.submit(_solve_one, key, C, r, options)))
+            caller = torch.cuda.current_stream(C.device) if isinstance(C, Tensor) and C.is_cuda else None
+            pending.append((key, pool.submit(_solve_one, key, C, r, options, caller)))
             del C, pair
             if len(pending) > workers:
                 yield _next(pending, bar)
@@ -241,17 +243,28 @@ def _next(pending: deque[tuple[Key, Future[NullSpace]]], bar: tqdm) -> tuple[Key
     return key, result
 
 
-def _solve_one(key: Hashable, C: Tensor, r: int, options: dict[str, Any]) -> NullSpace:
-    on_cuda = isinstance(C, Tensor) and C.is_cuda
-    stream = torch.cuda.Stream(C.device) if on_cuda else None
+_streams = threading.local()
+
+
+def _own_stream(device: torch.device) -> Any:
+    # One per thread: freed memory is kept for the stream that it was allocated on, gigabytes for each solve.
+    streams = _streams.__dict__.setdefault("by_device", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
+
+
+def _solve_one(key: Hashable, C: Tensor, r: int, options: dict[str, Any], caller: Any) -> NullSpace:
     try:
-        if stream is None:
+        if caller is None:
             return null_space(C, r, **options)
-        stream.wait_stream(torch.cuda.default_stream(C.device))
+        stream = _own_stream(C.device)
+        stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             result = null_space(C, r, **options)
-        # The caller uses the basis on its own stream.
+        # The caller uses the basis on its own stream, and may still do so when it has dropped it.
         stream.synchronize()
+        result.basis.record_stream(caller)
         return result
     except (TypeError, ValueError) as error:
         raise type(error)(f"{key}: {error}") from error

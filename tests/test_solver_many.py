@@ -1,12 +1,14 @@
 """null_spaces: order, bounded memory, errors, and what is left behind."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import spectra
 import torch
 
-from lora_null import Covariances, null_space, null_spaces
+from lora_null import Covariances, null_space, null_spaces, solver
 
 
 def covariances(count, d=40):
@@ -103,3 +105,17 @@ def test_cuda_streams_give_usable_results():
     for (_, C), (_, space) in zip(items, null_spaces(items, 16, progress=False, method="filtered"), strict=True):
         energy = (space.basis * (C @ space.basis)).sum().item()
         assert energy == pytest.approx(space.energy, rel=1e-9)
+
+
+def test_a_thread_keeps_its_stream(monkeypatch):
+    """Memory is cached by stream: a new one for each matrix would keep gigabytes for each."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(SimpleNamespace(device=device)) or made[-1])
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+
+    def work(_):
+        return [solver._own_stream(first) is solver._own_stream(first), solver._own_stream(second).device == second]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert all(all(result) for result in pool.map(work, range(3)))
+    assert len(made) == 2
