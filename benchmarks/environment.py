@@ -20,7 +20,10 @@ _PACKAGES = ("triton", "transformers", "peft", "scipy", "liger-kernel", "unsloth
 def _output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    except (subprocess.TimeoutExpired, OSError):
+        return None
     return result.stdout.strip() if result.returncode == 0 else None
 
 
@@ -72,7 +75,8 @@ def clocks(device: str) -> dict:
     """Read the clocks, without ever setting them: MHz, and on a GPU also watts and degrees."""
     if device == "cuda":
         fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
-        index = str(torch.cuda.current_device())
+        # the number that torch counts by is another one where CUDA_VISIBLE_DEVICES hides or reorders devices
+        index = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         line = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", index)
         if line is None:
             return {}

@@ -204,10 +204,24 @@ class Run:
             log.info("%s: %s", question.name, case)
             if note := question.assumption(case):
                 log.info("    assumption: %s", note)
-            self._measure(question, case)
-            gc.collect()
-            if self.options.device == "cuda":
-                torch.cuda.empty_cache()
+            try:
+                self._measure(question, case)
+            except Exception as error:  # one case must not cost the others
+                base = {"question": question.name, "case": case.params, "provider": "every provider", "role": "ours"}
+                self._keep({**base, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]})
+            self._release()
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.options.device != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            # An illegal access leaves a context in which every further call fails.
+            log.error("the device no longer answers, nothing more is measured: %s", error)
+            self.options.deadline = 0.0
 
     def _measure(self, question: Question, case: Case) -> None:
         inputs = question.setup(case, self.options.device)
@@ -221,11 +235,11 @@ class Run:
                 start = time.perf_counter()
                 peak, output = timing.peak_bytes(first, self.options.device)
                 call.verified_ms = 1e3 * (time.perf_counter() - start)
+                verdict = None if call.output is None else question.verify(case, inputs, output)
+                del output
             except Exception as error:
                 self._keep({**base, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]})
                 continue
-            verdict = None if call.output is None else question.verify(case, inputs, output)
-            del output
             if verdict is not None and verdict.refuses(provider.allowance):
                 reason = (
                     f"wrong: {verdict.measure} is {verdict.error:.3g}, at most "
@@ -255,11 +269,6 @@ class Run:
                     torch.cuda.synchronize()
                     continue
             timed[name] = it
-        for name, reason in failures.items():
-            base = self._base(question, case, calls[name][0])
-            self._keep({**base, "mode": mode, "execution": execution, "status": "failed", "reason": reason})
-        if not timed:
-            return
         clocks_before = environment.clocks(self.options.device)
         seconds = question.seconds * self.options.seconds_scale
         # Where the verified run was the timed call itself and took this long, it is the sample.
@@ -269,15 +278,23 @@ class Run:
             if calls[name][1].output is it.run and calls[name][1].verified_ms > self.patient_ms
         }
         others = {name: it for name, it in timed.items() if name not in known}
-        samples = known | timing.interleave(others, self.clock, seconds=seconds, at_least=question.at_least)
+        samples = known | timing.interleave(
+            others, self.clock, seconds=seconds, at_least=question.at_least, failures=failures
+        )
+        for name, reason in failures.items():
+            base = self._base(question, case, calls[name][0])
+            self._keep({**base, "mode": mode, "execution": execution, "status": "failed", "reason": reason})
         clocks_after = environment.clocks(self.options.device)
         work = question.work(case, mode)
         limit = None if work is None or self.ceilings is None else self.ceilings.limit_ms(work)
         for name, values in samples.items():
             provider, call, verdict, memory = calls[name]
             times = timing.Times.of(values)
-            # The verified run may hold a copy more; a slow call is not run again to avoid that.
-            if question.memory and times.median_ms < self.slow_ms:
+            # The verified run may hold a copy more; a slow call is not run again to avoid that. A replayed graph
+            # allocates nothing: its memory is in the pool of the capture.
+            if execution == "graph":
+                memory = None
+            elif question.memory and times.median_ms < self.slow_ms:
                 memory, _ = timing.peak_bytes(timed[name], self.options.device)
             record = {
                 **self._base(question, case, provider),

@@ -122,11 +122,13 @@ def interleave(
     at_least: int = 3,
     at_most: int = 200,
     patience: float = 15.0,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Sample the calls in turns, so that a drifting clock meets all of them alike.
 
     Every call has an equal share of ``seconds``; the order rotates from round to round. A call slower than its
-    share still gets ``at_least`` samples, unless they take more than ``patience`` seconds.
+    share still gets ``at_least`` samples, unless they take more than ``patience`` seconds. Given a dictionary for
+    ``failures``, a call that raises is entered there and left out from then on.
 
     Returns:
         Samples in milliseconds by name.
@@ -140,13 +142,19 @@ def interleave(
         turn = [
             name
             for name in names[shift:] + names[:shift]
-            if spent[name] < share or (len(samples[name]) < at_least and spent[name] < patience)
+            if name in samples and (spent[name] < share or (len(samples[name]) < at_least and spent[name] < patience))
         ]
         if not turn:
             break
         for name in turn:
             start = time.perf_counter()
-            samples[name].append(clock.sample(calls[name]))
+            try:
+                samples[name].append(clock.sample(calls[name]))
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures[name] = f"{type(error).__name__}: {error}"[:300]
+                del samples[name]
             spent[name] += time.perf_counter() - start
     return samples
 

@@ -130,6 +130,39 @@ def test_a_failing_provider_does_not_stop_the_run(tmp_path):
     assert "out of luck" in it.records[0]["reason"]
 
 
+def test_what_fails_late_stops_nothing_else(tmp_path):
+    class Late(Addition):
+        def cases(self, device, full):
+            return [harness.Case({"n": n}) for n in (-1, 0, 1000)]
+
+        def setup(self, case, device):
+            return torch.rand(case["n"])
+
+        def verify(self, case, x, output):
+            return harness.Verdict(float((output - 2 * x).abs().max()), 1e-6, "error")  # raises where x is empty
+
+        def providers(self):
+            def fragile(case, x):
+                def run():
+                    raise RuntimeError("out of memory")
+
+                return harness.Call({"run": timing.Timed(run)}, lambda: 2 * x)
+
+            return [harness.Provider("fragile", fragile), super().providers()[0]]
+
+    path = tmp_path / "r.jsonl"
+    it = harness.Run(harness.Options(output=path, seconds_scale=0.001))
+    it.ask(Late())
+    found = [(r["case"]["n"], r["provider"], r.get("mode"), r["status"]) for r in it.records]
+    assert found == [
+        (-1, "every provider", None, "failed"),
+        (0, "fragile", None, "failed"), (0, "lora_null", None, "failed"),
+        (1000, "fragile", "run", "failed"), (1000, "lora_null", "run", "ok"),
+    ]  # fmt: skip
+    assert "out of memory" in it.records[3]["reason"]
+    assert "every provider" in report.table(it.records)
+
+
 def test_no_case_starts_after_the_deadline(tmp_path):
     it = harness.Run(harness.Options(output=tmp_path / "r.jsonl", deadline=0.0))
     it.ask(Addition())

@@ -183,8 +183,10 @@ def test_supported_says_what_is_in_the_way(monkeypatch):
     assert "row stride" in syrk.supported(torch.empty_strided((2, 2), (1 << 23, 1), device="meta"))
 
 
-@pytest.mark.parametrize("legacy, switch, expected", [("highest", None, "ieee"), ("high", None, "tf32"),
-                                                      ("highest", "tf32", "tf32"), ("high", "ieee", "ieee")])  # fmt: skip
+@pytest.mark.parametrize(
+    "legacy, switch, expected",
+    [("highest", None, "ieee"), ("high", None, "tf32"), ("highest", "tf32", "tf32"), ("high", "ieee", "ieee")],
+)
 def test_tf32_follows_whichever_switch_was_used(legacy, switch, expected):
     matmul = torch.backends.cuda.matmul
     before, own = torch.get_float32_matmul_precision(), matmul.fp32_precision
