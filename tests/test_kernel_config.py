@@ -9,7 +9,8 @@ import pytest
 import torch
 from lora_null.kernels import config, lora, runtime, syrk, tune
 
-from lora_null.ops import tune_covariance
+from lora_null.ops import dispatch, tune_covariance, vendor
+from lora_null.ops import tune as ops_tune
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,9 @@ def launched_with(monkeypatch):
     return last
 
 
+UNTIMED = {"device": "meta", "verified": lambda work, dtype: lambda: None, "prepare": lambda *arguments: None}
+
+
 def test_tuning_keeps_the_fastest_and_passes_over_failures(monkeypatch):
     last = launched_with(monkeypatch)
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
@@ -94,25 +98,63 @@ def test_tuning_keeps_the_fastest_and_passes_over_failures(monkeypatch):
         call()
         if last["num_stages"] == 4:
             raise RuntimeError("out of shared memory")
-        return 2.0 - (last["BLOCK_T"] == 128 and last["num_warps"] == 8)
+        return 2.0 - (last["BLOCK_T"] == 128 and last["BLOCK_K"] == 128)
 
-    overlay = tune.measure(["project"], torch.bfloat16, "sm_80", fake, device="meta")
+    *parts, overlay = tune.measure(["project"], torch.bfloat16, "sm_80", fake, **UNTIMED)
     entries = overlay["kernels"]["project"]["16"]
+    lengths = [len(part["kernels"]["project"]["16"]) for part in (*parts, overlay)]
+    assert lengths == list(range(len(entries) - 3, len(entries) + 1)), "what is known is not yielded after every size"
     winners = entries[: len(tune.SIZES["project"][1])]
-    assert all((e["BLOCK_T"], e["num_warps"], e["num_stages"]) == (128, 8, 3) for e in winners)
+    assert all((e["BLOCK_T"], e["BLOCK_K"], e["num_stages"]) == (128, 128, 3) for e in winners)
     assert [e["when"].get("r_max") for e in winners] == [32, 91, 222, None]
     assert entries[len(winners) :] == config.shipped("sm_80")["kernels"]["project"]["16"]
+
+
+def test_tuning_passes_over_what_computes_something_else(monkeypatch):
+    x = torch.randn(300, 8)
+    entries = [{"factor": 1.05}, {"factor": 1.0}, {"factor": float("nan")}]
+
+    def workload(*arguments):
+        call = lambda: (config._forced["outer"]["factor"] * x,)  # noqa: E731
+        return tune.Workload(call, call, lambda wide: (x.to(wide),))
+
+    monkeypatch.setattr(tune, "workload", workload)
+    monkeypatch.setattr(tune, "candidates", lambda *arguments: entries)
+    options = {"device": "cpu", "prepare": lambda *arguments: None}
+    timed = []
+    *_, overlay = tune.measure(["outer"], torch.bfloat16, "sm_80", lambda call: timed.append(call()) or 1.0, **options)
+    assert [entry.get("factor") for entry in overlay["kernels"]["outer"]["16"][:3]] == [1.0] * 3
+    assert len(timed) == 3, "something wrong was timed"
+    assert not list(tune.measure(["outer"], torch.bfloat16, "sm_80", None, deadline=0.0, **options))
+
+
+@pytest.mark.parametrize("kernel, size", [("syrk", 48), ("linear", 32), ("project", 16), ("outer", 16), ("dy", 16)])
+def test_what_tuning_calls_true(monkeypatch, kernel, size):
+    """The plain form of every workload is what the kernel's stand-in computes."""
+    monkeypatch.setattr(tune, "TOKENS", 40)
+    monkeypatch.setattr(tune, "WIDTH", 64)
+    stand_in = {
+        "project": lambda x, As: tuple(x @ A.t() for A in As),
+        "forward": lambda x, w, s, b, scaling: x @ w.t() + s @ b.t(),
+        "backward_dx": lambda dy, w, ds, a: dy @ w + ds @ a,
+        "backward_dy": lambda dy, s, b, scaling: (dy @ b, dy.t() @ s),
+        "backward_dA": lambda ds, x: ds.t() @ x,
+    }
+    for name, function in stand_in.items():
+        monkeypatch.setattr(lora, name, function)
+    monkeypatch.setattr(syrk, "covariance_update", lambda C, x: C.add_(x.t() @ x))
+    tune.verifier(tune.workload(kernel, size, torch.float32, "cpu"), torch.float32)()
 
 
 def test_every_workload_runs_its_own_kernel(monkeypatch):
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
     for kernel, (_, sizes) in tune.SIZES.items():
         for arch in ("sm_80", "sm_90"):
-            chosen = list(tune.candidates(kernel, torch.bfloat16, arch))
+            chosen = list(tune.candidates(kernel, torch.bfloat16, arch, sizes[0]))
             names = []
             monkeypatch.setattr(runtime, "launch", lambda k, *a, names=names, **o: names.append(k.fn.__name__))
             with config.forced(kernel, chosen[-1]):
-                tune.workload(kernel, sizes[0], torch.bfloat16, "meta")()
+                tune.workload(kernel, sizes[0], torch.bfloat16, "meta").call()
             assert any(name.startswith(kernel) for name in names), f"{kernel} launched {names}"
 
 
@@ -121,17 +163,39 @@ def test_covariance_choice_follows_the_times(monkeypatch):
     monkeypatch.setattr(tune_covariance, "WIDTHS", (64, 256))
     monkeypatch.setattr(tune_covariance, "TOKENS", (32, 128))
     calls = []
-    monkeypatch.setattr(syrk, "covariance_update", lambda C, x: calls.append("triton"))
+    monkeypatch.setattr(syrk, "covariance_update", lambda C, x: calls.append("triton") or C.addmm_(x.t(), x))
 
     def fake(call):
+        calls.clear()
         call()
-        return 1.0 if calls and calls.pop() == "triton" else 2.0
+        return 1.0 if calls else 2.0
 
     overlay = tune_covariance.measure(torch.float32, "cpu", fake)
     entries = overlay["dispatch"]["covariance"]["32"]
     assert [entry["backend"] for entry in entries] == ["triton"] * 4
+    monkeypatch.setattr(syrk, "covariance_update", lambda C, x: calls.append("triton") or C.addmm_(x.t(), x.abs()))
+    wrong = tune_covariance.measure(torch.float32, "cpu", fake)["dispatch"]["covariance"]["32"]
+    assert [entry["backend"] for entry in wrong] == ["blocks"] * 4, "the faster one is wrong"
     config.save_tuned("sm_90", overlay)
     assert config.backend("covariance", torch.float32, "sm_90", d=100000, T=100000) == "triton"
+
+
+@pytest.mark.parametrize("broken", ["fails", "wrong"])
+def test_a_broken_kernel_is_not_chosen_for_the_linear(monkeypatch, broken):
+    if broken == "wrong":
+        for product in dispatch.PRODUCTS:
+            plain = getattr(vendor, product)
+            monkeypatch.setattr(lora, product, lambda *a, plain=plain, **k: doubled(plain(*a, **k)))
+    else:
+        for product in dispatch.PRODUCTS:
+            monkeypatch.delattr(lora, product)
+    entries = list(ops_tune.measure([(16, 24, 8, 4)], torch.float32, "cpu", lambda call: 1.0))
+    assert [entry["product"] for entry in entries] == list(dispatch.PRODUCTS)
+    assert {(entry["triton_us"], entry["cublas_us"]) for entry in entries} == {(ops_tune.ENDLESS, 1000.0)}
+
+
+def doubled(found):
+    return tuple(map(doubled, found)) if isinstance(found, tuple) else 2 * found
 
 
 def test_package_loads_without_triton():

@@ -1,10 +1,11 @@
 """Time launch configurations on this machine's GPU and keep the fastest as data.
 
-    python -m lora_null.kernels.tune [--dtype bfloat16] [--kernels syrk linear project outer dy]
+    python -m lora_null.kernels.tune [--dtype bfloat16] [--kernels syrk linear project outer dy] [--minutes 8]
 
-Every candidate runs on the sizes of `SIZES`; one that does not compile or does not fit is passed over. The
-winners, with bounds halfway (geometrically) between the sizes, go to ``LORA_NULL_CACHE``, in front of the shipped
-entries, which stay for what the winners do not cover. Nothing is ever timed while a model trains.
+Every candidate runs on the sizes of `SIZES`; one that does not compile, does not fit, or whose results are not as
+good as torch's is passed over. The winners, with bounds halfway (geometrically) between the sizes, go to
+``LORA_NULL_CACHE``, in front of the shipped entries, which stay for what the winners do not cover; the file is
+written after every size, so that an interrupted run keeps what it knows. Nothing is ever timed while a model trains.
 
 Which implementation computes a product, these kernels or the vendor's, is measured afterwards, by
 ``python -m lora_null.ops.tune`` and ``python -m lora_null.ops.tune_covariance``.
@@ -12,16 +13,20 @@ Which implementation computes a product, these kernels or the vendor's, is measu
 
 import argparse
 import logging
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import config, lora, syrk
+from . import config, lora, runtime, syrk
 
-__all__ = ["SIZES", "candidates", "main", "measure"]
+__all__ = ["SIZES", "Workload", "candidates", "compile_ahead", "main", "measure", "verifier"]
 
 logger = logging.getLogger("lora_null")
 
@@ -35,74 +40,152 @@ SIZES = {
 }
 TOKENS = 8192
 WIDTH = 4096
+# sides (M, N), steps, stages, warps, programs on a multiprocessor. A 128 x 128 tile asks 64 bytes of the L2 cache
+# per cycle and multiprocessor at full rate, a 128 x 256 one 48, an H100 delivers about half of that: the large
+# tiles come first. Two small ones on a multiprocessor hide each other's beginning and end.
+_TMA_TILES = (
+    (128, 256, 64, 4, 8, 1), (256, 128, 64, 4, 8, 1), (128, 256, 64, 3, 8, 1), (256, 128, 64, 3, 8, 1),
+    (256, 128, 128, 2, 8, 1), (128, 128, 64, 4, 8, 1), (128, 128, 64, 3, 8, 2), (128, 128, 64, 3, 4, 2),
+    (128, 128, 128, 3, 8, 1), (64, 256, 64, 3, 4, 1), (128, 64, 64, 4, 4, 2), (64, 128, 64, 4, 4, 2),
+)  # fmt: skip
+_POINTER_TILES = (
+    (128, 256, 64, 3, 8), (256, 128, 64, 3, 8), (128, 128, 64, 3, 8), (128, 128, 64, 4, 8), (128, 128, 32, 4, 4),
+    (128, 128, 32, 4, 8), (64, 128, 64, 3, 4), (64, 128, 32, 4, 4),
+)  # fmt: skip
 
 
-def candidates(kernel: str, dtype: torch.dtype, arch: str) -> Iterator[dict[str, Any]]:
-    """Yield the configurations to time: the shipped ones, then a grid around what public GEMMs use."""
+def candidates(kernel: str, dtype: torch.dtype, arch: str, size: int) -> Iterator[dict[str, Any]]:
+    """Yield the configurations to time at ``size``: the shipped ones, then others, most promising first."""
     bits = "32" if dtype.itemsize >= 4 else "16"
     for entry in config.shipped(arch)["kernels"][kernel][bits]:
         yield {name: value for name, value in entry.items() if name != "when"}
     if bits == "32":
         return
     tma = arch in ("sm_90", "sm_100", "sm_103")
-    ways: list[dict[str, Any]] = [{"TMA": True, "OCCUPANCY": o} for o in (1, 2)] * tma + [{}]
-    if kernel == "syrk":
-        tiles = [(128, 128, 4), (128, 128, 8), (256, 128, 8)]
-        for (m, n, warps), k, stages, way in product(tiles, (32, 64), (3, 4), ways):
-            yield {
-                **way, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_T": k, "GROUP": 8, "ATOMIC": tma,
-                "SLICE_STEPS": 6, "num_warps": warps, "num_stages": stages,
-            }  # fmt: skip
-    elif kernel == "linear":
-        tiles = [(128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 128, 4)]
-        for (t, n, warps), k, stages, way in product(tiles, (32, 64), (3, 4), ways):
-            yield {
-                **way, "BLOCK_T": t, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": k, "GROUP": 8,
-                "num_warps": warps, "num_stages": stages,
-            }  # fmt: skip
-    elif kernel == "project":
-        for t, n, k, warps, stages in product((32, 64, 128), (128, 256), (64, 128), (4, 8), (3, 4)):
+    if kernel in ("syrk", "linear"):
+        tiles = [(*tile[:5], {"TMA": True, "OCCUPANCY": tile[5]}) for tile in _TMA_TILES * tma]
+        tiles += [(*tile, {}) for tile in _POINTER_TILES[: 3 if tma else None]]
+        for m, n, k, stages, warps, way in tiles:
+            common = {**way, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+            if kernel == "linear":
+                yield {**common, "BLOCK_T": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": min(k, 64)}
+            elif m % n == 0:
+                yield {**common, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_T": k, "ATOMIC": tma, "SLICE_STEPS": 6}
+        return
+    # a block wider than the rank is cut to it: the same launch again
+    ranks = [n for n in (64, 128, 256) if n < 2 * size] or [64]
+    if kernel == "project":
+        for n, k, t, stages in product(ranks[::-1][:2], (64, 128), (64, 128, 32), (3, 4)):
             yield {
                 "BLOCK_T": t, "BLOCK_N": n, "BLOCK_K": k, "SLICE_STEPS": 4,
-                "num_warps": warps, "num_stages": stages,
+                "num_warps": 8 if t == 128 else 4, "num_stages": stages,
             }  # fmt: skip
     elif kernel == "outer":
-        for t, n, r, warps, stages in product((32, 64), (64, 128), (64, 128), (4, 8), (3, 4)):
+        for r, n, t, warps, stages in product(ranks[::-1][:2], (128, 64), (64, 32), (8, 4), (4, 3)):
             yield {
                 "BLOCK_T": t, "BLOCK_N": n, "BLOCK_R": r, "SLICE_STEPS": 6,
                 "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
     else:
-        for rows, m, r, warps, mib in product((32, 64), (64, 128), (64, 128), (4, 8), (8, 24, 64)):
+        for r, mib, m, rows, warps in product(ranks[::-1][:2], (24, 8, 64), (128, 64), (64, 32), (8, 4)):
             yield {
                 "ROWS": rows, "BLOCK_K": 64, "BLOCK_T": 64, "BLOCK_M": m, "BLOCK_R": r, "SLAB_BYTES": mib << 20,
                 "SLICE_STEPS": 6, "num_warps": warps, "num_stages": 3,
             }  # fmt: skip
 
 
-def workload(kernel: str, size: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
-    """Return a call that runs ``kernel`` at ``size`` (of what `SIZES` names) on random activations."""
+@dataclass(frozen=True)
+class Workload:
+    """A call to time, and what it must compute.
+
+    Attributes:
+        call: The call.
+        outputs: Runs it and returns its results.
+        plain: The same results from torch, in the dtype given.
+    """
+
+    call: Callable[[], object]
+    outputs: Callable[[], tuple[Tensor, ...]]
+    plain: Callable[[torch.dtype], tuple[Tensor, ...]]
+
+
+def workload(kernel: str, size: int, dtype: torch.dtype, device: str) -> Workload:
+    """Return ``kernel`` at ``size`` (of what `SIZES` names) on random activations."""
 
     def normal(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=device).mul_(columns**-0.5).to(dtype)
 
+    def same(call: Callable[[], Any], plain: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> Workload:
+        return Workload(call, call, lambda wide: plain(*(operand.to(wide) for operand in operands)))
+
     if kernel == "syrk":
         x, C = normal(TOKENS, size), torch.zeros(size, size, device=device)
-        return lambda: syrk.covariance_update(C, x)
+
+        def added() -> tuple[Tensor, ...]:
+            syrk.covariance_update(C.zero_(), x)
+            return (C.tril(),)
+
+        def product_of(wide: torch.dtype) -> tuple[Tensor, ...]:
+            operand = x.to(torch.promote_types(wide, torch.float32))  # C is fp32 whatever x is
+            return ((operand.t() @ operand).tril(),)
+
+        return Workload(lambda: syrk.covariance_update(C, x), added, product_of)
     if kernel == "linear":
         x, weight, S, A = normal(size, WIDTH), normal(WIDTH, WIDTH), normal(size, 64), normal(64, WIDTH)
         B = A.t().contiguous()
-        return lambda: (
-            lora.forward(x, weight, S, B, scaling=1.0),
-            lora.backward_dx(x, weight, S, A),
-        )
+        return same(
+            lambda: (lora.forward(x, weight, S, B, scaling=1.0), lora.backward_dx(x, weight, S, A)),
+            lambda x, w, s, b, a: (x @ w.t() + s @ b.t(), x @ w + s @ a),
+            x, weight, S, B, A,
+        )  # fmt: skip
     x, A = normal(TOKENS, WIDTH), normal(size, WIDTH)
     S, B = normal(TOKENS, size), normal(WIDTH, size)
     if kernel == "project":
-        return lambda: lora.project(x, (A,))
+        return same(lambda: lora.project(x, (A,)), lambda x, a: (x @ a.t(),), x, A)
     if kernel == "outer":
-        return lambda: lora.backward_dA(S, x)
-    return lambda: lora.backward_dy(x, S, B, scaling=1.0)
+        return same(lambda: (lora.backward_dA(S, x),), lambda s, x: (s.t() @ x,), S, x)
+    return same(
+        lambda: lora.backward_dy(x, S, B, scaling=1.0),
+        lambda x, s, b: (x @ b, x.t() @ s),
+        x, S, B,
+    )  # fmt: skip
+
+
+def verifier(work: Workload, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a call that raises ArithmeticError if ``work``'s results are more than twice as wrong as torch's."""
+
+    def error(got: Tensor, truth: Tensor) -> float:
+        return float((got.double() - truth).norm() / truth.norm())
+
+    truths = work.plain(torch.float64)
+    allowed = [2 * error(own, truth) + 1e-6 for own, truth in zip(work.plain(dtype), truths, strict=True)]
+
+    def verify() -> None:
+        for got, truth, most in zip(work.outputs(), truths, allowed, strict=True):
+            if not (found := error(got, truth)) <= most:
+                raise ArithmeticError(f"relative error {found:.3g}, at most {most:.3g} is right")
+
+    return verify
+
+
+def compile_ahead(kernel: str, entries: Iterable[dict[str, Any]], call: Callable[[], object]) -> None:
+    """Compile what ``call`` launches with each entry, on all processors; what fails here fails again when timed."""
+    import triton
+
+    launch = runtime.launch
+
+    def warm(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+        with torch.cuda.device(device):
+            kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options)
+
+    runtime.launch = warm
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for entry in entries:
+                with config.forced(kernel, entry):
+                    call()
+    finally:
+        runtime.launch = launch
 
 
 def measure(
@@ -110,41 +193,58 @@ def measure(
     dtype: torch.dtype,
     arch: str,
     median_ms: Callable[[Callable[[], object]], float],
+    *,
     device: str = "cuda",
-) -> dict[str, Any]:
-    """Return a table overlay with the fastest candidate of every kernel and size.
+    deadline: float = float("inf"),
+    verified: Callable[[Workload, torch.dtype], Callable[[], None]] = verifier,
+    prepare: Callable[[str, list[dict[str, Any]], Callable[[], object]], None] = compile_ahead,
+) -> Iterator[dict[str, Any]]:
+    """Yield, after every size of every kernel, a table overlay with the fastest candidates known for that kernel.
 
     Args:
         kernels: Keys of `SIZES`.
+        dtype: Of the operands.
+        arch: Whose candidates.
         median_ms: Times a call in ms; it may raise what Triton raises for a candidate that does not fit.
+        device: Where.
+        deadline: On ``time.monotonic()``; afterwards nothing more is timed.
+        verified: As `verifier`.
+        prepare: As `compile_ahead`.
     """
     bits = "32" if dtype.itemsize >= 4 else "16"
-    overlay: dict[str, Any] = {"kernels": {}}
     for kernel in kernels:
         name, sizes = SIZES[kernel]
-        winners = []
+        winners: list[dict[str, Any]] = []
         for size in sizes:
-            call = workload(kernel, size, dtype, device)
+            if time.monotonic() > deadline:
+                logger.warning("out of time before %s at %s=%d", kernel, name, size)
+                return
+            work = workload(kernel, size, dtype, device)
+            entries = [*{str(entry): entry for entry in candidates(kernel, dtype, arch, size)}.values()]
+            verify = verified(work, dtype)
+            prepare(kernel, entries, work.call)
             best, least = None, float("inf")
-            for entry in candidates(kernel, dtype, arch):
+            for entry in entries:
+                if best and time.monotonic() > deadline:
+                    break
                 with config.forced(kernel, entry):
                     try:
-                        time = median_ms(call)
+                        verify()
+                        spent = median_ms(work.call)
                     except Exception as error:
-                        logger.debug("%s %s: %s", kernel, entry, error)
+                        logger.info("%s passed over, %s: %.150s", entry, type(error).__name__, error)
                         continue
-                if time < least:
-                    best, least = entry, time
+                if spent < least:
+                    best, least = entry, spent
             if best is None:
                 raise RuntimeError(f"no configuration of {kernel} ran at {name}={size} on {arch}")
             logger.info("%s %s=%d: %.4f ms with %s", kernel, name, size, least, best)
             winners.append(best)
-        entries = [
-            {"when": {**bound, "aligned_min": 1}, **winner}
-            for winner, bound in zip(winners, bounds(name, sizes), strict=True)
-        ]
-        overlay["kernels"][kernel] = {bits: entries + config.shipped(arch)["kernels"][kernel][bits]}
-    return overlay
+            tuned = [
+                {"when": {**bound, "aligned_min": 1}, **winner}
+                for winner, bound in zip(winners, bounds(name, sizes), strict=False)
+            ]
+            yield {"kernels": {kernel: {bits: tuned + config.shipped(arch)["kernels"][kernel][bits]}}}
 
 
 def bounds(name: str, sizes: tuple[int, ...]) -> list[dict[str, int]]:
@@ -158,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], prog="python -m lora_null.kernels.tune")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--kernels", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing more after this time")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: the kernels run on CUDA devices only")
@@ -165,16 +266,17 @@ def main() -> None:
     import triton
     from triton.testing import do_bench
 
-    arch = config.architecture("cuda")
-    overlay = measure(
+    arch, device = config.architecture("cuda"), torch.cuda.get_device_name()
+    source = f"timed on {device}, torch {torch.__version__}, triton {triton.__version__}"
+    for overlay in measure(
         arguments.kernels,
         getattr(torch, arguments.dtype),
         arch,
         lambda call: do_bench(call, return_mode="median"),
-    )
-    device = torch.cuda.get_device_name()
-    overlay["source"] = f"timed on {device}, torch {torch.__version__}, triton {triton.__version__}"
-    logger.info("written to %s", config.save_tuned(arch, overlay))
+        deadline=time.monotonic() + 60 * arguments.minutes,
+    ):
+        path = config.save_tuned(arch, {**overlay, "source": source})
+    logger.info("written to %s", path)
 
 
 if __name__ == "__main__":
