@@ -8,10 +8,10 @@ import os
 
 import pytest
 import torch
-from lora_null.kernels import config, lora, runtime, syrk
+from lora_null.kernels import config, lora, runtime, syrk, tune
 
 pytest.importorskip("triton")
-from triton_tools import SHARED_MEMORY, compile_for, intercepted, resources
+from triton_tools import SHARED_MEMORY, compile_for, intercepted, resources, target
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
@@ -101,3 +101,40 @@ def test_amd_target_compiles(monkeypatch):
         calls(torch.bfloat16, 512, 1024, 512, 16, 0.0)
     for launch in {launch.key(): launch for launch in recorded}.values():
         assert compile_for(launch, "gfx942").asm["amdgcn"]
+
+
+def test_tuning_compiles_its_candidates_ahead(monkeypatch, tmp_path):
+    """Several at once, as on a machine with a GPU; one that cannot be compiled stops nothing."""
+    from contextlib import nullcontext
+
+    import triton
+    from lora_null.kernels.lora_kernels import project_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
+    good = {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SLICE_STEPS": 4, "num_warps": 4, "num_stages": 3}
+    entries = [good, {**good, "BLOCK_K": 48}, {**good, "num_stages": 2}]
+    work = tune.workload("project", 16, torch.bfloat16, "meta")
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    project_kernel.device_caches.pop(0, None)
+    try:
+        launch = runtime.launch
+        tune.compile_ahead("project", entries, work.call)
+        assert runtime.launch is launch
+        assert len(project_kernel.device_caches[0][0]) == 2
+    finally:
+        project_kernel.device_caches.pop(0, None)
+
+
+class NoDevice:
+    """Triton's driver on a machine without a device: it can name one, and that is enough to compile."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_target(self):
+        return target("sm_90")
+
+    def get_current_stream(self, device):
+        return 0
