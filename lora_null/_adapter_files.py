@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or say which file is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path} does not exist: {path.parent} is not an adapter folder. Expected {PEFT_CONFIG} and {WEIGHTS}, as "
             "lora_null.save_adapter and PEFT's save_pretrained write them."

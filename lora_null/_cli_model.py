@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -176,7 +177,9 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 def refuse_below_file(output: Path) -> None:
-    """Refuse an output whose folder cannot be made, because a file has its name."""
+    """Refuse an output whose folder cannot be made, because a file has its name, or cannot be written to."""
     nearest = next((parent for parent in output.parents if parent.exists()), None)
     if nearest is not None and not nearest.is_dir():
         raise NotADirectoryError(f"{output} cannot be written: {nearest} is a file. Choose another path.")
+    if nearest is not None and not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{output} cannot be written: this user may not write to {nearest}. Choose another path.")

@@ -89,7 +89,7 @@ def save_adapter(
         Path(path),
         factors,
         target_modules=short_names(names, factors),
-        base_model_name_or_path=base_model_name_or_path or _base_name(model),
+        base_model_name_or_path=base_model_name_or_path or published_name(_base_name(model)),
         own=state.to_dict(stacked=some.shifted),
         dtype=dtype,
         overwrite=overwrite,
@@ -145,6 +145,8 @@ def write_adapter(
         write_json(work / PEFT_CONFIG, config)
 
 
+# Tensors made in inference mode could never be trained.
+@torch.inference_mode(False)
 def load_adapter(
     base_model: nn.Module,
     path: str | os.PathLike,
@@ -181,7 +183,7 @@ def load_adapter(
             f"{folder} was trained on other weights than those of this {type(base_model).__name__}: the shapes agree, "
             "the values do not. Load the base model that the adapter was trained on "
             f"({files.config.get('base_model_name_or_path')!r}), unmerged and without other adapters, or pass "
-            "verify_base=False if the difference is intended."
+            "verify_base=False if the difference is intended: a base that was rounded to float16, say."
         )
     config = _config_of(folder, files)
     shifted = bool(own.get("stacked")) and is_trainable
@@ -251,6 +253,11 @@ def short_names(names: Iterable[str], chosen: Iterable[str]) -> list[str]:
     return sorted(endings if selected == chosen else chosen)
 
 
+def published_name(name: str | None) -> str | None:
+    """Return a model's name without the leading folders of an absolute path, which tell others about this machine."""
+    return Path(name).name if name and os.path.isabs(name) else name
+
+
 def _resume_shifted(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> None:
     """Undo the stacking of ``low_rank_delta``: ``[A ; A - A0]`` and ``s [B - B0 | B0]``."""
     r = lora_A.shape[0] // 2
@@ -280,8 +287,7 @@ def _require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
 
 
 def _base_name(model: nn.Module) -> str | None:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return Path(name).name if name and os.path.isabs(name) else name
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def _config_of(folder: Path, files: AdapterFiles) -> LoraNullConfig:

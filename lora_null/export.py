@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._adapter_files import PEFT_CONFIG, read_adapter, read_json, replaced_folder
 from ._logging import logger
-from .adapter import short_names, write_adapter
+from .adapter import published_name, short_names, write_adapter
 from .config import LoraNullConfig
 from .layers import stack_delta
 
@@ -63,7 +63,8 @@ def export_adapter(
             rounding them costs no more than their own precision.
         lora_alpha: Of the run, for a trainer's checkpoint; the default is what its ``config.json`` states under
             ``lora_null``, and ``r`` with a warning where it states nothing.
-        base_model_name_or_path: Written for the reader's information.
+        base_model_name_or_path: Written for the reader's information; the default is what the checkpoint says,
+            without the leading folders of an absolute path.
         overwrite: Replace an existing adapter folder.
 
     Returns:
@@ -88,7 +89,7 @@ def export_adapter(
         Path(output),
         source.factors,
         target_modules=source.target_modules,
-        base_model_name_or_path=base_model_name_or_path or source.base_model,
+        base_model_name_or_path=base_model_name_or_path or published_name(source.base_model),
         own=source.own,
         dtype=dtype,
         overwrite=overwrite,

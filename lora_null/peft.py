@@ -31,7 +31,7 @@ from ._weights import (
     shared_weights,
     unwrapped,
 )
-from .adapter import short_names, write_adapter
+from .adapter import published_name, short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, in_first_process
@@ -141,13 +141,14 @@ def freeze_lora_A(peft_model: PeftModel, adapter_name: str = "default") -> int:
 def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
     """``PeftModel.from_pretrained(..., is_trainable=True)`` that keeps A frozen where it was trained frozen."""
     peft_model = PeftModel.from_pretrained(base_model, str(path), adapter_name=adapter_name, is_trainable=True)
-    own = Path(path) / OWN_CONFIG
-    if own.exists():
-        config = LoraNullConfig.from_dict(read_json(own)["config"])
+    if (Path(path) / OWN_CONFIG).exists():
+        own = read_json(Path(path) / OWN_CONFIG)
+        config = LoraNullConfig.from_dict(own["config"])
         if config.freeze_a:
             freeze_lora_A(peft_model, adapter_name)
         # On disk the adapter is relative to the untouched base, whatever it was trained on.
-        set_state(peft_model, AdapterState(replace(config, r=_lora_config(peft_model, adapter_name).r)))
+        config = replace(config, r=_lora_config(peft_model, adapter_name).r)
+        set_state(peft_model, AdapterState(config, own.get("base_fingerprint"), own.get("energies", {})))
     return peft_model
 
 
@@ -191,7 +192,7 @@ def save_adapter(
         Path(path),
         factors,
         target_modules=short_names(_base_names(peft_model), factors),
-        base_model_name_or_path=Path(base).name if base and os.path.isabs(base) else base,
+        base_model_name_or_path=published_name(base),
         own=state.to_dict(stacked=any(_INITIAL in layer.__dict__ for layer in layers.values())),
         dtype=dtype,
         overwrite=overwrite,

@@ -145,6 +145,15 @@ def test_an_adapter_is_loaded_where_an_offloaded_model_computes(llama, token_bat
     torch.testing.assert_close(offloaded(ids()).logits, model(ids()).logits)
 
 
+def test_an_adapter_loaded_in_inference_mode_can_be_trained(llama, token_batches, tmp_path, freeze_a):
+    lora_null.save_adapter(trained(llama, token_batches, freeze_a=freeze_a), tmp_path / "adapter")
+    model = llama()
+    with torch.inference_mode():
+        lora_null.load_adapter(model, tmp_path / "adapter", is_trainable=True)
+    model(ids(), labels=ids()).loss.backward()
+    assert all(layer.lora_B.weight.grad is not None for layer in adapter_layers(model).values())
+
+
 def test_reads_an_ordinary_peft_adapter(llama, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -225,5 +234,10 @@ def test_no_absolute_path_is_published(llama, token_batches, tmp_path):
     lora_null.save_adapter(model, tmp_path / "adapter")
     for file in (tmp_path / "adapter").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
     assert config["base_model_name_or_path"] == "my-base"
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "my-base")}))
+    export_adapter(tmp_path / "adapter", tmp_path / "exported")
+    exported = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
+    assert exported["base_model_name_or_path"] == "my-base"

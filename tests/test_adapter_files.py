@@ -166,6 +166,9 @@ class TestForeignFiles:
         (saved / "adapter_config.json").unlink()
         self.refused(llama(), saved, "not an adapter folder", FileNotFoundError)
 
+    def test_a_file_instead_of_a_folder(self, llama, saved):
+        self.refused(llama(), saved / "adapter_model.safetensors", "is not an adapter folder", FileNotFoundError)
+
     @pytest.mark.parametrize(
         "change",
         [

@@ -154,6 +154,14 @@ def test_output_that_cannot_be_written(calibrated_folder, run, monkeypatch):
     refused(run, "export", folder / "model", below, match="text.txt is a file")
 
 
+def test_a_folder_that_may_not_be_written_to(folder, run, monkeypatch):
+    monkeypatch.setattr("lora_null._cli_inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
+    # The administrator, who may run the tests, may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
+    calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt")
+    refused(run, *calibrate, "--output", folder / "below" / "out", match="may not write to")
+
+
 def test_sizes_and_options_without_effect(calibrated_folder, run):
     folder = calibrated_folder
     calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--output", folder / "out")

@@ -1,5 +1,6 @@
 """PEFT models: initialisation, freezing through PEFT's own switches, saving, the fused forward and its limits."""
 
+import json
 import logging
 
 import pytest
@@ -87,6 +88,17 @@ def test_saved_adapter_fits_the_untouched_base(llama, covariances, tmp_path, fre
         lora_null.load_adapter(llama(), tmp_path / "adapter"),
     ):
         assert (loaded(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_training_on_keeps_what_is_known_of_the_base(llama, covariances, tmp_path):
+    model = peft_llama(llama)
+    lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
+    lora_null_peft.save_adapter(model, tmp_path / "first")
+    again = lora_null_peft.load_trainable(llama(), tmp_path / "first")
+    lora_null_peft.save_adapter(again, tmp_path / "second")
+    first, second = (json.loads((tmp_path / name / "lora_null.json").read_text()) for name in ("first", "second"))
+    assert first["base_fingerprint"] and first["energies"]
+    assert (second["base_fingerprint"], second["energies"]) == (first["base_fingerprint"], first["energies"])
 
 
 def test_ranks_may_differ_between_layers(llama, covariances, tmp_path):
