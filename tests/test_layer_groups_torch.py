@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from group_tools import D, R, assert_same, gradients, group_of, pair, tokens
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_null
@@ -103,6 +104,37 @@ def test_factors_that_change_at_every_call_end_the_sharing(projections):
     projections.clear()
     shared(x)
     assert len(projections) == 4
+
+
+def test_factors_that_change_at_every_call_do_not_upset_checkpointing():
+    """The recomputation of a block must save what its first run has saved, also when sharing is being given up."""
+    plain, shared = pair()
+    x = tokens(2, 5)
+    want = gradients(plain, x)
+    layers = [shared[0].q, shared[0].k, shared[0].v]
+
+    def swap(*_):
+        for layer in layers:
+            layer.lora_A.weight.data = layer.lora_A.weight.data.clone()
+
+    # as sharding libraries do: other memory for the same parameters
+    shared[0].register_forward_pre_hook(swap)
+    for _ in range(6):
+        got = gradients(shared, x, lambda x: checkpoint(shared[0], x, use_reentrant=False))
+        assert_same(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_replaced_parameter_is_not_taken_for_the_factor(projections):
+    """FSDP2 and offloading swap a copy in for each forward; what it holds is known by reading it only."""
+    _, shared = pair()
+    for layer in (shared[0].q, shared[0].k, shared[0].v):
+        layer.lora_A.weight = nn.Parameter(layer.lora_A.weight.detach().clone(), requires_grad=False)
+    shared(tokens(5))
+    assert len(projections) == 4
+    assert share_projections(shared) == 1
+    projections.clear()
+    shared(tokens(5))
+    assert len(projections) == 2
 
 
 def test_autocast(projections):
