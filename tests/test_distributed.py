@@ -1,13 +1,16 @@
 """Two processes over gloo: each reads its share, the sums and the solves are those of one process."""
 
 import json
+import os
+import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_two
+from processes import run_two, start_two
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -53,6 +56,7 @@ def _cases(folder: Path) -> dict[str, Covariances]:
         "own share": calibrate(Stack(), batches() if size == 1 else mine, shard=False),
         "sampler": calibrate(Stack(), DataLoader(TensorDataset(rows()), batch_size=2, sampler=sampler)),
         "fewer batches than processes": calibrate(Stack(), batches(1)),
+        "low memory, fewer batches than processes": calibrate(Stack(), batches(1), low_memory=True),
         "low memory": calibrate(Stack(), batches(), low_memory=True, checkpoint=folder / f"{size}.walk"),
         "low memory, again": calibrate(Stack(), batches(), low_memory=True, checkpoint=folder / f"{size}.walk"),
         "checkpoint": calibrate(Stack(), batches(), checkpoint=folder / f"{size}.run", checkpoint_every=2),
@@ -67,6 +71,9 @@ def _worker(folder: str) -> None:
     for name, covariances in _cases(folder).items():
         covariances.save(folder / f"{name}.{rank}")
 
+    for low_memory in (False, True):
+        _resumable(Stack(), low_memory).save(folder / f"uninterrupted {low_memory}.{rank}")
+
     # the eigenproblems are divided, and everybody has all solutions
     covariances = Covariances.load(folder / f"list.{rank}")
     mine = divide({key: covariances.size(key) ** 3 for key in covariances})
@@ -76,13 +83,36 @@ def _worker(folder: str) -> None:
     (folder / f"energies.{rank}").write_text(json.dumps({"mine": mine, "energies": energies}))
 
     # an error in one process stops the other one, which would wait for ever
+    def failing():
+        yield batches()[0]
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield batches()[1]
+
     data = batches()
     if rank == 1:
         data[3] = "not a tensor"
-    try:
-        calibrate(Stack(), data)
-    except (OtherProcessFailed, TypeError) as error:
-        (folder / f"error.{rank}").write_text(f"{type(error).__name__}: {error}")
+    for number, (given, options) in enumerate(
+        ((data, {}), (failing(), {"shard": False}), (data, {"low_memory": True}))
+    ):
+        try:
+            calibrate(Stack(), given, **options)
+        except (OtherProcessFailed, TypeError, OSError) as error:
+            (folder / f"error{number}.{rank}").write_text(f"{type(error).__name__}: {error}")
+    dist.destroy_process_group()
+
+
+def _resumable(model: nn.Module, low_memory: bool, **options) -> Covariances:
+    return calibrate(model, batches(48), checkpoint_every=2, queue_tokens=64, low_memory=low_memory, **options)
+
+
+def _slow_worker(folder: str, low_memory: str) -> None:
+    """Calibrate slowly enough to be killed in the middle."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder, rank, model = Path(folder), dist.get_rank(), Stack()
+    model.layers[0].register_forward_hook(lambda *_: time.sleep(0.02))
+    _resumable(model, low_memory == "True", checkpoint=folder / "run", progress=False).save(folder / f"result.{rank}")
     dist.destroy_process_group()
 
 
@@ -136,10 +166,39 @@ def test_solves_are_divided(two_processes, one_process):
 
 
 def test_a_failure_stops_the_other_process(two_processes):
-    assert (two_processes / "error.1").read_text().startswith("TypeError: Batch 1 is a str")
-    assert (
-        "OtherProcessFailed: Stopped because process 1 failed with TypeError" in (two_processes / "error.0").read_text()
-    )
+    for number, message in enumerate(
+        ("TypeError: Batch 1 is a str", "OSError: the disk", "TypeError: Batch 1 is a str")
+    ):
+        assert (two_processes / f"error{number}.1").read_text().startswith(message)
+        text = (two_processes / f"error{number}.0").read_text()
+        assert text.startswith(f"OtherProcessFailed: Stopped because process 1 failed with {message[:7]}")
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["streaming", "layerwise"])
+def test_sigkill_of_one_process_ends_the_other_and_both_continue_to_the_same_bits(two_processes, tmp_path, low_memory):
+    seed = int.from_bytes(os.urandom(4), "little")
+    rng = random.Random(seed)
+    processes = start_two(__file__, tmp_path, low_memory)
+    try:
+        started = [tmp_path / f"run.rank{rank}{'.0000' if low_memory else ''}" for rank in range(2)]
+        while not all(path.exists() for path in started) and all(process.poll() is None for process in processes):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        victim, other = rng.sample(processes, 2)
+        victim.kill()
+        assert victim.wait() != 0, f"seed {seed}: it had ended before"
+        assert other.wait(60) != 0
+    finally:
+        for process in processes:
+            process.kill()
+    assert not list(tmp_path.glob("result*"))
+    run_two(__file__, tmp_path, low_memory)
+    for rank in range(2):
+        want = Covariances.load(two_processes / f"uninterrupted {low_memory}.{rank}")
+        got = Covariances.load(tmp_path / f"result.{rank}")
+        assert got.tokens == want.tokens and got.metadata == want.metadata
+        for key, matrix in want.items():
+            assert torch.equal(got[key], matrix), f"seed {seed}: {key}"
 
 
 def test_one_process_needs_no_group():
@@ -162,4 +221,4 @@ def test_division_is_a_fair_partition(monkeypatch, size):
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1])
+    _worker(sys.argv[1]) if len(sys.argv) == 2 else _slow_worker(*sys.argv[1:])
