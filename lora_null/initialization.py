@@ -95,6 +95,9 @@ def initialize(
 
     Everything but the adapters stops requiring gradients. Nothing is changed when an error is raised.
 
+    Under ``torch.distributed`` all processes have to call this, before the model is sharded; they divide the
+    eigenproblems, and each attaches the same adapters.
+
     Args:
         model: The pre-trained model, with its weights on any device, offloaded or (frozen A) quantised.
         covariances: From :func:`lora_null.calibrate` on the same model.

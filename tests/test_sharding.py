@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_null
 from lora_null import LoraNullConfig
 from lora_null._adapter_files import read_factors
+from lora_null.export import export_adapter
 from lora_null.layers import adapter_layers
 from lora_null.ops import vendor
 
@@ -36,7 +37,8 @@ def covariances():
 
 
 def adapted(found, freeze_a=True):
-    config = LoraNullConfig(r=4, lora_alpha=8, freeze_a=freeze_a)
+    # an odd rank gives the processes shards of different size
+    config = LoraNullConfig(r=5, lora_alpha=10, freeze_a=freeze_a)
     return lora_null.initialize(make_llama(), found, config, progress=False).train()
 
 
@@ -384,6 +386,7 @@ def with_accelerate(found, folder):
     """Let accelerate shard; it chooses FSDP on GPUs only, so the choice is made for it."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -396,6 +399,11 @@ def with_accelerate(found, folder):
     one, start, many = adapted(found), adapted(found), adapted(found)
     many, optimizer = accelerator.prepare(many, optimizer_of(many))
     result = compare(one, many, start, train(one, 3, alone=True), train(many, 3, optimizer=optimizer))
+    # what a trainer's checkpoint of a sharded model is made of
+    state = get_model_state_dict(many, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    lora_null.save_adapter(many, folder / "accelerate")
+    if dist.get_rank() == 0:
+        many.save_pretrained(folder / "checkpoint", state_dict=state)
     return {"kind": type(adapter_layers(many)["model.layers.0.mlp.up_proj"].lora_B.weight).__name__, **result}
 
 
@@ -563,6 +571,8 @@ def test_accelerate_shards_the_adapters(results):
     for found in results(with_accelerate):
         assert found.pop("kind") == "DTensor"
         assert_trained_alike("accelerate", found)
+    export_adapter(results.folder / "checkpoint", results.folder / "exported")
+    assert_same_factors(results.folder / "exported", results.folder / "accelerate")
 
 
 if __name__ == "__main__":
