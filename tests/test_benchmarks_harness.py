@@ -206,6 +206,31 @@ def test_the_verified_run_of_a_very_slow_call_is_its_sample(tmp_path, monkeypatc
     assert it.records[0]["median_ms"] >= 10
 
 
+def test_a_self_timed_run_of_minutes_is_not_repeated(tmp_path, monkeypatch):
+    runs = []
+
+    class Minutes(Addition):
+        memory = False
+
+        def providers(self):
+            def build(case, x):
+                def run():
+                    runs.append(time.sleep(0.01))
+                    return 70_000.0
+
+                kept = []
+                timed = timing.Timed(lambda: kept.pop() if kept else run(), self_timed=True)
+                return harness.Call({"run": timed}, lambda: (kept.append(run()), 2 * x)[1])
+
+            return [harness.Provider("lora_null", build, role="ours")]
+
+    monkeypatch.setattr(harness.Run, "minutes_ms", 5.0)
+    it = harness.Run(harness.Options(output=tmp_path / "r.jsonl"))
+    it.ask(Minutes())
+    assert len(runs) == it.records[0]["samples"] == 1
+    assert it.records[0]["median_ms"] == 70_000.0
+
+
 @pytest.mark.parametrize("option", ["--only", "--provider"])
 def test_unknown_names_list_the_known_ones(option, capsys):
     main = suite("__main__").main

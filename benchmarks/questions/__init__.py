@@ -19,10 +19,10 @@ def registry(device: str = "cpu") -> dict[str, Question]:
 
     on_gpu = (
         Linear(),
-        TrainingStep(),
-        Initialization(),
         Covariance(),
+        TrainingStep(),
         NullSpaces(),
+        Initialization(),
         LinearGroup(),
         DecoderLayer(),
         Factorize(),
