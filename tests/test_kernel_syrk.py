@@ -5,7 +5,7 @@ Where they run is said in ``kernel_tools.py``.
 
 import pytest
 import torch
-from kernel_tools import DEVICE, DTYPES, INTERPRETED, needs_device
+from kernel_tools import DEVICE, DTYPES, INTERPRETED, needs_device, truncation, wide_product
 from lora_null.kernels import config, runtime, syrk
 
 triton = pytest.importorskip("triton")
@@ -36,11 +36,12 @@ def draw(T, d, dtype, seed=0):
 
 def check(C, start, x):
     truth = (start.double() + x.double().t() @ x.double()).tril()
-    own = torch.addmm(start.float(), x.float().t(), x.float()).double().tril()
+    own = (start.float() + wide_product(x.t(), x)).double().tril()
     got = C.double().tril()
     assert torch.isfinite(got).all(), f"{(~torch.isfinite(got)).sum()} elements were not written"
     error, allowed = ((t - truth).norm() / truth.norm() for t in (got, own))
-    assert error <= 2 * allowed + 1e-7, f"relative error {error:.3g}, torch's own {allowed:.3g}"
+    most = 2 * allowed + 1e-7 + truncation(x, x.shape[0])
+    assert error <= most, f"relative error {error:.3g}, torch's own {allowed:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -152,13 +152,17 @@ def workload(kernel: str, size: int, dtype: torch.dtype, device: str) -> Workloa
 
 
 def verifier(work: Workload, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a call that raises ArithmeticError if ``work``'s results are more than twice as wrong as torch's."""
+    """Return a call that raises ArithmeticError if ``work``'s results are more than twice as wrong as torch's.
+
+    Matrix units truncate each partial sum instead of rounding it, which leaves a sum of 8192 positive products 1e-5
+    short: that much is granted, and more. One wrong tile or one step left out is a hundred times as far off.
+    """
 
     def error(got: Tensor, truth: Tensor) -> float:
         return float((got.double() - truth).norm() / truth.norm())
 
     truths = work.plain(torch.float64)
-    allowed = [2 * error(own, truth) + 1e-6 for own, truth in zip(work.plain(dtype), truths, strict=True)]
+    allowed = [2 * error(own, truth) + 1e-4 for own, truth in zip(work.plain(dtype), truths, strict=True)]
 
     def verify() -> None:
         for got, truth, most in zip(work.outputs(), truths, allowed, strict=True):

@@ -63,10 +63,10 @@ def require_equal(found: object, wanted: object) -> None:
             require_equal(one, other)
         return
     assert isinstance(found, Tensor) and isinstance(wanted, Tensor)
-    # two roundings differ by half an eps of root mean square; fp32 sums of 1e4 terms by 1e-6
-    limit = max(torch.finfo(dtype).eps for dtype in (found.dtype, wanted.dtype, torch.float32))
+    # Two roundings differ by half an eps of root mean square. Matrix units truncate partial sums: 1e-5 for 1e4 terms.
+    limit = max(1e-4, *(torch.finfo(dtype).eps for dtype in (found.dtype, wanted.dtype)))
     error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
-    if not error <= max(limit, 1e-5):
+    if not error <= limit:
         raise ArithmeticError(f"the kernel's result is {error:.3g} off the vendor's, relative; at most {limit:.3g} is")
 
 
