@@ -80,7 +80,10 @@ def measure(
 
 
 def _time(call: Callable[[], Any], repeats: int, device: str) -> dict[str, float]:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)  # which need not be the current one
+
     call()
     milliseconds = []
     for _ in range(repeats):

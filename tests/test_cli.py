@@ -201,6 +201,14 @@ class TestCommands:
         code, out, _ = run("inspect", folder / "adapter")
         assert code == 0 and "|dW|" in out and "freeze_a=True" in out
 
+    def test_bench_waits_for_the_device_that_it_times(self, monkeypatch):
+        from lora_null import _cli_bench
+
+        waited = []
+        monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+        _cli_bench._time(lambda: None, 3, "cuda:1")
+        assert waited == ["cuda:1"] * 6
+
     def test_bench(self, run):
         code, out, _ = run("bench", "--d", 48, "--m", 40, "--r", 4, "--tokens", 32, "--repeats", 2, "--json")
         timings = json.loads(out)["timings"]

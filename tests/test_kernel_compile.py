@@ -53,6 +53,7 @@ def launches(monkeypatch, arch, dtype):
             calls(dtype, 8192, 8192, 8192, 128, 0.0)
             calls(dtype, 512, 1024, 512, 16, 0.1)
             syrk.covariance_update(empty(2048, 2048, dtype=torch.float32), empty(8192, 2048, dtype=dtype))
+            syrk.covariance_update(empty(8192, 8192, dtype=torch.float64), empty(8192, 8192, dtype=dtype))
             # rows that are no multiple of 16 bytes
             linear_calls(dtype, 8192, 4100, 1020, 12, 0.1)
             syrk.covariance_update(empty(4100, 4100, dtype=torch.float32), empty(8192, 4100, dtype=dtype))

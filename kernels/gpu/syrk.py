@@ -55,8 +55,10 @@ def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     tiles = n * (n + 1) // 2 * (c["BLOCK_M"] // c["BLOCK_N"])
     occupancy = c.pop("OCCUPANCY", 1)
     splits = runtime.splits_for(tiles, cdiv(T, c["BLOCK_T"]), c.pop("SLICE_STEPS"), x.device, occupancy)
+    # a tile of fp64 beside its fp32 sum would not fit into the registers: it goes through a slice of its own
+    direct = splits == 1 and C.dtype == torch.float32
     part = C
-    if splits > 1:
+    if not direct:
         shape = (splits, tiles, c["BLOCK_M"], c["BLOCK_N"])
         part = torch.empty(shape, device=x.device, dtype=torch.float32)
     from . import syrk_kernels
@@ -67,15 +69,15 @@ def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
         programs = min(tiles * splits, runtime.multiprocessors(x.device) * occupancy)
         runtime.launch(
             syrk_kernels.syrk_tma_kernel, (programs,), x.device,
-            left, right, C, part, T, d, tiles, splits, C.stride(0), **c, DIRECT=splits == 1,
+            left, right, C, part, T, d, tiles, splits, C.stride(0), **c, DIRECT=direct,
         )  # fmt: skip
     else:
         runtime.launch(
             syrk_kernels.syrk_kernel, (tiles, splits), x.device,
             x, mask, C, part, T, d, tiles, splits, x.stride(0), C.stride(0), **c,
-            DIRECT=splits == 1, EVEN_D=d % c["BLOCK_M"] == 0, MASK=mask is not None, PRECISION="ieee",
+            DIRECT=direct, EVEN_D=d % c["BLOCK_M"] == 0, MASK=mask is not None, PRECISION="ieee",
         )  # fmt: skip
-    if splits > 1:
+    if not direct:
         runtime.launch(
             syrk_kernels.syrk_reduce_kernel, (tiles, c["BLOCK_M"] // 32), x.device,
             part, C, d, tiles, splits, C.stride(0),
