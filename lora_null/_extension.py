@@ -19,6 +19,11 @@ import torch
 from ._logging import logger, warn_once
 
 _FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
+if sys.platform.startswith("linux"):
+    # at::parallel_for is a header with a pragma: without OpenMP it runs on one thread. No library is linked for it,
+    # so that torch's own OpenMP runtime, whose threads torch.set_num_threads counts, answers.
+    _FLAGS.append("-fopenmp")
+_SUFFIXES = {".cpp", ".h"}
 _NAME = "lora_null_extension"
 _loaded: dict[str, ModuleType | None] = {}
 
@@ -46,7 +51,7 @@ def _fingerprint(folder: Path) -> str:
     for part in (sys.version, torch.__version__, torch.version.cuda, torch.version.git_version, *_FLAGS):
         digest.update(f"{part}\0".encode())
     for path in sorted(folder.iterdir()):
-        if path.suffix in {".cpp", ".h"}:
+        if path.suffix in _SUFFIXES:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -98,11 +103,23 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = path
 
 
+def _outdated(module: ModuleType) -> bool:
+    """Whether a checkout's sources changed after ``module`` was built from them; an installed package has no such."""
+    folder = Path(__file__).resolve().parent.parent / "csrc"
+    built = Path(module.__file__ or "")
+    if not folder.is_dir() or not built.is_file():
+        return False
+    return any(path.stat().st_mtime > built.stat().st_mtime for path in folder.iterdir() if path.suffix in _SUFFIXES)
+
+
 def _load() -> ModuleType | None:
     if os.environ.get("LORA_NULL_NO_EXTENSION") == "1":
         return None
     try:
-        return importlib.import_module("lora_null._C")
+        module = importlib.import_module("lora_null._C")
+        if not _outdated(module):
+            return module
+        logger.info("lora_null._C is older than its sources in this checkout; building them")
     except ImportError as error:
         # Missing is the ordinary case of an isolated install; a binary of another torch fails with undefined
         # symbols. Both end in a build for this torch.

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_failing_compiler_gives_one_warning_and_the_same_result(forget, monkeypa
         spaces = [lora_null.null_space(C, 4, method="filtered") for _ in range(2)]
     assert len(caplog.records) == 1 and "error: no such thing" in caplog.text
     assert spaces[0].energy == pytest.approx(float(C.diagonal()[:4].sum()), rel=1e-3)
+
+
+def test_binary_older_than_the_sources_of_a_checkout_is_built_again(forget, monkeypatch, tmp_path):
+    binary = tmp_path / "_C.so"
+    binary.touch()
+    stale = types.SimpleNamespace(__file__=str(binary))
+    monkeypatch.setitem(sys.modules, "lora_null._C", stale)
+    monkeypatch.setattr(_extension, "build", lambda: "built anew")
+    os.utime(binary, (0, 0))
+    assert _extension.load() == "built anew"
+    _extension._loaded.clear()
+    os.utime(binary)
+    assert _extension.load() is stale
 
 
 def test_cache_folder_follows_the_environment(monkeypatch):

@@ -1,8 +1,9 @@
 """``C += X^T X`` over a stream of activations, one triangle only.
 
-Three ways to compute it. ``triton``: the symmetric kernel of `lora_null.kernels.syrk`. ``blocks``: rectangles
-of the lower triangle through BLAS, which every device has; on CUDA cuBLAS multiplies bf16 and fp16 operands
-and writes fp32. ``torch``: the full product, the definition that the others are tested against.
+Four ways to compute it. ``triton``: the symmetric kernel of `lora_null.kernels.syrk`. ``compiled``: the C++ kernel
+for x86 CPUs, which multiplies bf16 as bf16 where the CPU can. ``blocks``: rectangles of the lower triangle through
+BLAS, which every device has; on CUDA cuBLAS multiplies bf16 and fp16 operands and writes fp32. ``torch``: the full
+product, the definition that the others are tested against.
 
 ``LORA_NULL_COVARIANCE_BACKEND`` forces one of them; ``auto`` takes what the data of the architecture says.
 """
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .. import _extension
 from .._logging import warn_once
 
 __all__ = ["covariance_backend", "covariance_update", "covariance_update_reference", "symmetrize_"]
 
-BACKENDS = ("auto", "triton", "blocks", "torch")
+BACKENDS = ("auto", "triton", "compiled", "blocks", "torch")
 
 # Halving stops here. On 2 CPU cores (fp32, d = T = 4096) leaves of 128 to 384 run at 1.79x to 1.81x the full
 # product, 512 at 1.70x (more wasted above the diagonal); a GPU needs larger products to fill its cores.
@@ -26,7 +28,7 @@ _LEAF = {"cpu": 256, "cuda": 1024}
 # Side of the blocks that `symmetrize_` transposes. On the CPU they stay in the cache (d = 4096: 18 ms of one core,
 # against 71 ms in strips of 1024 rows); on a GPU the number of launches counts.
 _MIRROR = {"cpu": 256}
-# Elements of x converted to the accumulator's type at a time on the CPU: 64 MiB in fp32.
+# Elements of x converted or gathered at a time on the CPU: 64 MiB in fp32.
 _CHUNK = 1 << 24
 # Tokens summed in fp32 on a GPU before they are added to an fp64 C.
 _FLUSH = 8192
@@ -83,7 +85,7 @@ def symmetrize_(C: Tensor) -> Tensor:
 
 
 def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
-    """Return which of ``triton``, ``blocks`` and ``torch`` an update of a ``dtype`` C with ``x`` would take.
+    """Return ``triton``, ``compiled``, ``blocks`` or ``torch``: what an update of a ``dtype`` C with ``x`` would take.
 
     Raises:
         ValueError: for an unknown ``LORA_NULL_COVARIANCE_BACKEND``.
@@ -97,23 +99,37 @@ def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
         )
     if name == "auto":
         if x.device.type != "cuda":
-            return "blocks"
+            return "blocks" if _reason_against_compiled(x, dtype) else "compiled"
         from ..kernels import config
 
         d = x.shape[-1]
         T = x.numel() // max(d, 1)
         name = config.backend("covariance", x.dtype, config.architecture(x.device), d=d, T=T)
-    if name == "triton":
-        from ..kernels import syrk
+    if name in ("triton", "compiled"):
+        if name == "triton":
+            from ..kernels import syrk
 
-        reason = syrk.supported(x, dtype=dtype)
+            reason = syrk.supported(x, dtype=dtype)
+        else:
+            reason = _reason_against_compiled(x, dtype)
         if reason is not None:
-            message = f"covariance_update: the Triton kernel cannot take this call ({reason})"
+            message = f"covariance_update: the {name} kernel cannot take this call ({reason})"
             if os.environ.get("LORA_NULL_STRICT") == "1":
                 raise RuntimeError(f"{message}, and LORA_NULL_STRICT=1 forbids falling back")
             warn_once(f"covariance:{reason}", f"{message}; blocks through BLAS are used instead")
             name = "blocks"
     return name
+
+
+def _reason_against_compiled(x: Tensor, dtype: torch.dtype) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if dtype != torch.float32:
+        return f"C is {dtype}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512"):
+        return f"no AVX2 (torch calls this CPU {capability})"
+    return "there is no C++ extension" if _extension.load() is None else None
 
 
 def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
@@ -158,6 +174,8 @@ def _covariance_update(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
         syrk.covariance_update(C, rows, counts)
     elif name == "torch":
         covariance_update_reference(C, rows, mask=counts)
+    elif name == "compiled":
+        _compiled(C, rows, counts)
     else:
         _blocks(C, rows, counts)
 
@@ -165,6 +183,17 @@ def _covariance_update(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
 @_covariance_update.register_fake
 def _(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     return None
+
+
+def _compiled(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    module = _extension.load()
+    assert module is not None
+    if mask is None:
+        module.covariance_update(C, x)
+        return
+    step = max(_CHUNK // x.shape[1], 256)
+    for start in range(0, x.shape[0], step):
+        module.covariance_update(C, x[start : start + step][mask[start : start + step]])
 
 
 def _blocks(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
