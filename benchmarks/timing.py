@@ -65,12 +65,15 @@ class HostClock:
     # A sample shorter than this is averaged over several calls: a clock tick is some 50 ns, but one
     # interruption of the process costs a good part of a millisecond.
     shortest_ms = 2.0
+    # Worker threads of the call before may still be spinning on the cores that this one needs.
+    pause_s = 0.005
 
     def __init__(self):
         self._repeats: dict[int, int] = {}
 
     def sample(self, timed: Timed) -> float:
         """Return one sample in milliseconds."""
+        time.sleep(self.pause_s)
         if timed.self_timed:
             return timed.run()
         repeats = self._repeats.get(id(timed), 1)

@@ -2,14 +2,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/empty.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace lora_null {
 namespace {
@@ -24,10 +28,10 @@ constexpr int64_t kLength = 32;
 constexpr int64_t kSide = 256;
 // Rows of a diagonal tile multiplied at a time, up to their own diagonal.
 constexpr int64_t kDiagonal = 64;
-// Elements of x packed at a time, but at least kTokens rows, so that C does not pass through memory too often. Buffers
-// of this size are reused from call to call by the allocator; larger ones come zeroed from the system every time.
-constexpr int64_t kPacked = int64_t{1} << 22;
-constexpr int64_t kTokens = 2048;
+// Elements of x packed at a time: 64 MiB for both forms in fp32. Fewer rows, and C passes through memory more often
+// (bf16, d = T = 4096: 192 ms with 1024 or 2048 rows, up to 240 ms with 512); kTokens is the least.
+constexpr int64_t kPacked = int64_t{1} << 23;
+constexpr int64_t kTokens = 512;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -40,15 +44,47 @@ int64_t tile_side(int64_t d) {
   return round_up(ceil_div(d, panels), kDiagonal);
 }
 
+// Memory that a thread keeps from call to call: fresh pages cost as much as packing into them. In huge pages, because
+// the tiles of a product fill half of a second-level cache and must not collide in it by the accident of 4 KiB pages.
+class Scratch {
+ public:
+  template <typename T>
+  T* get(int64_t count) {
+    const int64_t bytes = count * sizeof(T);
+    if (size_ < bytes) {
+      size_ = 0;
+      memory_.reset();
+      const int64_t size = round_up(bytes, kPage);
+      memory_.reset(std::aligned_alloc(kPage, size));
+      TORCH_CHECK(memory_, "covariance_update: no memory for ", size, " bytes of packed operands");
+#if defined(__linux__)
+      madvise(memory_.get(), size, MADV_HUGEPAGE);
+#endif
+      size_ = size;
+    }
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  static constexpr int64_t kPage = int64_t{1} << 21;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch operands, tile_sums;
+
 // The operands of all products of a slab of x, copied once into their layouts. left: per panel of columns and step of
 // tokens (side, length) = x^T. right: per panel and step (length, side) = x, in bf16 with the elements of two
 // consecutive tokens side by side, as the instructions read them. Zero where x ends.
 template <typename T>
 class Packed {
  public:
-  Packed(int64_t d, int64_t tokens, const at::TensorOptions& options)
+  Packed(int64_t d, int64_t tokens)
       : side_(tile_side(d)), panels_(ceil_div(d, side_)), capacity_(ceil_div(tokens, kStep)),
-        buffers_(at::empty({2, panels_ * capacity_ * side_ * kStep}, options)) {}
+        buffers_(operands.get<T>(2 * panels_ * capacity_ * side_ * kStep)) {}
 
   void fill(const at::Tensor& x);
 
@@ -61,11 +97,11 @@ class Packed {
 
  private:
   T* at(int64_t which, int64_t panel, int64_t step) const {
-    return buffers_.mutable_data_ptr<T>() + ((which * panels_ + panel) * capacity_ + step) * side_ * kStep;
+    return buffers_ + ((which * panels_ + panel) * capacity_ + step) * side_ * kStep;
   }
 
   int64_t side_, panels_, capacity_;
-  at::Tensor buffers_;
+  T* buffers_;
   int64_t steps_ = 0, last_ = 0;  // last_: length of the last step
 };
 
@@ -132,14 +168,14 @@ void add_products(const Packed<T>& packed, float* C, int64_t ldc, int64_t d) {
   const int64_t side = packed.side(), tiles = packed.panels() * (packed.panels() + 1) / 2;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    std::vector<float> sums(side * side);
+    float* sums = tile_sums.get<float>(side * side);
     for (int64_t tile; (tile = next++) < tiles;) {
       int64_t i = 0;
       while ((i + 1) * (i + 2) / 2 <= tile) ++i;
       const int64_t j = tile - i * (i + 1) / 2;
-      multiply_tile(packed, i, j, sums.data());
+      multiply_tile(packed, i, j, sums);
       for (int64_t row = i * side; row < std::min(d, (i + 1) * side); ++row) {
-        const float* from = sums.data() + (row - i * side) * side;
+        const float* from = sums + (row - i * side) * side;
         float* to = C + row * ldc + j * side;
         const int64_t columns = std::min(side, row + 1 - j * side);
         for (int64_t column = 0; column < columns; ++column) to[column] += from[column];
@@ -154,7 +190,7 @@ template <typename T>
 void update(const at::Tensor& C, const at::Tensor& x) {
   const int64_t tokens = x.size(0), d = x.size(1), most = std::max(kTokens, kPacked / d / kStep * kStep);
   const auto type = c10::CppTypeToScalarType<T>::value;
-  Packed<T> packed(d, std::min(tokens, most), x.options().dtype(type));
+  Packed<T> packed(d, std::min(tokens, most));
   for (int64_t start = 0; start < tokens; start += most) {
     const at::Tensor slab = x.narrow(0, start, std::min(most, tokens - start)).to(type);
     packed.fill(slab.stride(1) == 1 ? slab : slab.contiguous());
