@@ -18,7 +18,7 @@ CASES = {
     ],
     "training": [TINY_MODEL | {"layers": 2, "vocab": 300, "batch": 2, "sequence": 16, "train_a": False}],
     "initialization": [TINY_MODEL | {"samples": 8, "sequence": 48}],
-    "covariance": [{"d": 65, "T": 130, "dtype": "fp32"}, {"d": 64, "T": 96, "dtype": "bf16"}],
+    "covariance": [{"d": 65, "T": 130, "dtype": "fp32"}, {"d": 200, "T": 96, "dtype": "bf16"}],
     "null-space": [{"d": 96, "r": 8, "spectrum": "o"}, {"d": 96, "r": 8, "spectrum": "gate_up"}],
     "linear-group": [{"model": "tiny", "group": "qkv", "T": 40, "r": 4, "dtype": "fp32"}],
     "layer": [TINY_MODEL | {"T": 24, "train_a": True}],
