@@ -51,7 +51,7 @@ def null_space(
     r: int,
     *,
     method: str = "auto",
-    tol: float = 3e-4,
+    tol: float = 1e-4,
     oversample: int | None = None,
     max_cycles: int = 16,
     seed: int = 0,
