@@ -29,7 +29,7 @@ def registry(device: str = "cpu") -> dict[str, Question]:
         Growth(),
     )
     # A CPU is where null spaces are solved today, and where models are only cut-down ones.
-    on_cpu = ("null-space", "covariance", "factorize", "linear-group", "linear", "initialization", "training", "growth")
+    on_cpu = ("null-space", "covariance", "factorize", "linear-group", "linear", "initialization", "training", "layer")
     named = {question.name: question for question in on_gpu}
     first = () if device == "cuda" else on_cpu
     return {name: named[name] for name in dict.fromkeys((*first, *named))}

@@ -47,7 +47,7 @@ class Covariance(Question):
             shapes = [(4096, 8192, "bf16"), (8192, 8192, "bf16"), (14336, 8192, "bf16"), (2048, 8192, "bf16")]
             shapes += [(4096, 512, "bf16"), (4096, 8192, "fp32"), (28672, 8192, "bf16")] if full else []
         else:
-            shapes = [(4096, 4096, "fp32"), (4096, 4096, "bf16"), (576, 8192, "fp32")]
+            shapes = [(4096, 4096, "bf16"), (4096, 4096, "fp32"), (576, 8192, "fp32")]
             shapes += [(8192, 4096, "fp32"), (2048, 4096, "fp32"), (2048, 512, "fp32")] if full else []
         return [Case({"d": d, "T": T, "dtype": dtype}) for d, T, dtype in shapes]
 
