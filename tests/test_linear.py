@@ -278,3 +278,16 @@ def test_projection_of_another_x_is_refused():
     tensors = {name: t.detach() for name, t in case((3,), 8, 4, 2, torch.float32).items()}
     with pytest.raises(ValueError, match="another x"):
         ops.lora_up_linear(tensors["x"], tensors["weight"], torch.zeros(4, 2), tensors["lora_B"])
+
+
+def test_dropout_is_refused_in_a_captured_graph(monkeypatch):
+    """Replays would drop the same entries every time, and nobody would notice."""
+    tensors = {name: t.detach() for name, t in case((3,), 8, 4, 2, torch.float32).items()}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    ops.lora_linear(**tensors)
+    for call in (
+        lambda: ops.lora_linear(**tensors, dropout=0.5),
+        lambda: ops.lora_project(tensors["x"], tensors["lora_A"], dropout=0.5),
+    ):
+        with pytest.raises(RuntimeError, match="every replay"):
+            call()

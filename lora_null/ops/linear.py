@@ -44,7 +44,7 @@ def lora_linear(
         scaling: The factor ``s``.
         bias: ``(m,)``.
         dropout: Probability of dropping an entry of the adapter's input, in ``[0, 1)``. The mask is made again
-            in the backward from a seed, and never stored.
+            in the backward from a seed, and never stored. Not inside a captured CUDA graph.
         training: ``False`` switches the dropout off.
         seed: Seed of the dropout mask; by default drawn from torch's CPU generator.
 
@@ -54,7 +54,8 @@ def lora_linear(
     Raises:
         ValueError: Shapes or probabilities do not fit.
         TypeError: ``x`` and ``weight`` differ in dtype outside autocast.
-        RuntimeError: A fallback was necessary and ``LORA_NULL_STRICT=1``; or a second derivative is asked for.
+        RuntimeError: A fallback was necessary and ``LORA_NULL_STRICT=1``; a second derivative is asked for; or
+            dropout inside a CUDA graph that is being captured.
     """
     dropout = _dropout_in_effect(dropout, training)
     if dispatch.use_reference(x, weight, lora_A, lora_B, bias):
@@ -138,6 +139,11 @@ def _dropout_in_effect(dropout: float, training: bool) -> float:
 def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     if not dropout:
         return None
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"dropout={dropout} while a CUDA graph is captured: the seed is read on the host, so that every replay "
+            "would drop the same entries. Capture with dropout=0, which LoRA-Null uses, or run this layer outside the graph."
+        )
     if seed is None:
         return reference.draw_seed()
     return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64)
