@@ -142,7 +142,7 @@ def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"dropout={dropout} while a CUDA graph is captured: the seed is read on the host, so that every replay "
-            "would drop the same entries. Capture with dropout=0, which LoRA-Null uses, or run this layer outside the graph."
+            "would drop the same entries. Capture with dropout=0, or run this layer outside the graph."
         )
     if seed is None:
         return reference.draw_seed()
