@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -215,7 +216,7 @@ bool multiplies_bf16() {
       at::native::cpublas::brgemm(kLength, kLength, kLength, kLength, kLength, kLength, false, ones.data(),
                                   ones.data(), sums.data(), true);
       at::native::cpublas::brgemm_release(true);
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {  // torch where oneDNN has no bf16 at all, oneDNN where it lacks this product
       return false;
     }
     return sums.front() == kLength && sums.back() == kLength;

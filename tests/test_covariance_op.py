@@ -1,6 +1,8 @@
 """`covariance_update` against float64, whatever computes it, and the promises around it."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -166,6 +168,18 @@ def test_compiled_kernel_without_onednn():
     with torch.backends.mkldnn.flags(enabled=False):
         covariance._compiled(C, x, None)
     assert_as_good_as_torch(x, torch.zeros(70, 70), C)
+
+
+@compiled
+def test_onednn_told_to_have_no_bf16_instructions():
+    """On a CPU that has them: oneDNN then refuses the product with an exception of its own."""
+    code = (
+        "import torch; from lora_null import ops\n"
+        "print(ops.covariance_update(torch.zeros(40, 40), torch.ones(30, 40, dtype=torch.bfloat16))[39, 0].item())"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "30.0", done.stderr
 
 
 def test_without_the_extension_blas_computes_it(monkeypatch):
