@@ -214,6 +214,8 @@ class Run:
             self._release()
 
     def _release(self) -> None:
+        # Between cases only: a reset discards what every provider has compiled, and the next sample compiles it again.
+        torch._dynamo.reset()
         gc.collect()
         if self.options.device != "cuda":
             return

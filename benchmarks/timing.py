@@ -7,6 +7,7 @@ import gc
 import re
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 
-@dataclass
+@dataclass(eq=False)
 class Timed:
     """One thing to time.
 
@@ -69,7 +70,7 @@ class HostClock:
     pause_s = 0.005
 
     def __init__(self):
-        self._repeats: dict[int, int] = {}
+        self._repeats: weakref.WeakKeyDictionary[Timed, int] = weakref.WeakKeyDictionary()
         _keep_freed_memory()
 
     def sample(self, timed: Timed) -> float:
@@ -77,7 +78,7 @@ class HostClock:
         time.sleep(self.pause_s)
         if timed.self_timed:
             return timed.run()
-        repeats = self._repeats.get(id(timed), 1)
+        repeats = self._repeats.get(timed, 1)
         if timed.prepare is not None:
             ready = timed.prepare()
             start = time.perf_counter_ns()
@@ -88,7 +89,7 @@ class HostClock:
             timed.run()
         spent = (time.perf_counter_ns() - start) / 1e6
         if spent < self.shortest_ms:
-            self._repeats[id(timed)] = max(repeats + 1, int(repeats * self.shortest_ms / max(spent, 1e-3)))
+            self._repeats[timed] = max(repeats + 1, int(repeats * self.shortest_ms / max(spent, 1e-3)))
         return spent / repeats
 
 

@@ -50,6 +50,17 @@ def test_preparation_is_not_timed():
     assert clock.sample(slow) < 25
 
 
+def test_a_call_does_not_inherit_the_repeats_of_one_that_is_gone():
+    clock, runs = timing.HostClock(), []
+    for _ in range(5):
+        quick = timing.Timed(lambda: None)
+        clock.sample(quick)
+        del quick  # the next object takes its address
+        runs.clear()
+        clock.sample(timing.Timed(lambda: runs.append(1)))
+        assert len(runs) == 1
+
+
 def test_memory_of_a_call_is_seen():
     size = 64 * 2**20
     peak, total = timing.peak_bytes(lambda: torch.ones(size // 4).sum(), "cpu")

@@ -137,3 +137,25 @@ def test_models_are_timed_in_the_dtype_of_the_case(name):
     found = [value for value in vars(inputs).values() if isinstance(value, torch.nn.Module)]
     assert found
     assert {parameter.dtype for module in found for parameter in module.parameters()} == {torch.bfloat16}
+
+
+def test_a_compiled_provider_leaves_the_programs_of_others(monkeypatch):
+    compile_, programs = torch.compile, []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=backend, **options))
+    layer, layers = suite("questions.layer"), suite("peers.layers")
+    case = Case(CASES["layer"][0])
+    inputs = layer.DecoderLayer().setup(case, "cpu")
+    calls = []
+    for attach in (layers.attach_plain, layers.attach_accumulated):
+        calls.append(layer._build("compiled", attach)(case, inputs))
+        calls[-1].output()
+    assert programs
+    programs.clear()
+    for call in calls:
+        call.modes["both"]()
+    assert not programs, "compiled again, inside a sample"

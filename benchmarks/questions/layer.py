@@ -115,7 +115,6 @@ class _Adapted:
             holder.layers = nn.ModuleList([self.layer])
             _apply_liger_kernel_to_instance(model=holder)
         if compiled:
-            torch._dynamo.reset()
             self.layer = torch.compile(self.layer, dynamic=False)
 
     def forward(self) -> Tensor:

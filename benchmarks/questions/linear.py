@@ -164,8 +164,6 @@ def _build(attach: layers.Attach, *, compiled: bool = False):
         trained = {parameter.shape: parameter for parameter in holder.parameters() if parameter.requires_grad}
         B = trained[inputs.B.shape]
         A = trained[inputs.A.shape] if case["train_a"] else inputs.A
-        if compiled:
-            torch._dynamo.reset()
         layer = torch.compile(holder.proj, dynamic=False) if compiled else holder.proj
 
         def forward() -> Tensor:

@@ -156,8 +156,6 @@ class _Group:
         def run(x: Tensor) -> list[Tensor]:
             return [getattr(holder, name)(x) for name in self.names]
 
-        if compiled:
-            torch._dynamo.reset()
         self.run = torch.compile(run, dynamic=False) if compiled else run
 
     def both(self):

@@ -120,8 +120,6 @@ class _Adapted:
             models.with_liger(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
-        if compiled:
-            torch._dynamo.reset()
         self.called = torch.compile(self.model, dynamic=False) if compiled else self.model
 
     def loss(self, tokens: Tensor) -> Tensor:
