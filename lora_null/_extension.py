@@ -105,9 +105,9 @@ def _ninja_on_path() -> Iterator[None]:
 
 def _outdated(module: ModuleType) -> bool:
     """Whether a checkout's sources changed after ``module`` was built from them; an installed package has no such."""
-    folder = Path(__file__).resolve().parent.parent / "csrc"
-    built = Path(module.__file__ or "")
-    if not folder.is_dir() or not built.is_file():
+    folder, built = source_folder(), Path(module.__file__ or "")
+    # beside an installed package, a folder csrc is somebody else's
+    if folder is None or folder.parent == Path(__file__).resolve().parent or not built.is_file():
         return False
     return any(path.stat().st_mtime > built.stat().st_mtime for path in folder.iterdir() if path.suffix in _SUFFIXES)
 

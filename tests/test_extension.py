@@ -84,6 +84,17 @@ def test_binary_older_than_the_sources_of_a_checkout_is_built_again(forget, monk
     assert _extension.load() is stale
 
 
+def test_binary_of_an_installed_package_is_never_outdated(monkeypatch, tmp_path):
+    for source in ("lora_null/csrc/bindings.cpp", "csrc/another_package.cpp"):
+        (tmp_path / source).parent.mkdir(parents=True)
+        (tmp_path / source).touch()
+    binary = tmp_path / "lora_null" / "_C.so"
+    binary.touch()
+    os.utime(binary, (0, 0))
+    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "lora_null" / "_extension.py"))
+    assert not _extension._outdated(types.SimpleNamespace(__file__=str(binary)))
+
+
 def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("LORA_NULL_CACHE", "/some/where")
     assert _extension.cache_folder() == Path("/some/where")
