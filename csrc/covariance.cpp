@@ -225,6 +225,7 @@ bool multiplies_bf16() {
 }
 
 void covariance_update(const at::Tensor& C, const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 2, "covariance_update: expected x (T, d), got ", x.dim(), " dimensions");
   const int64_t T = x.size(0), d = x.size(1);
   TORCH_CHECK(C.is_cpu() && x.is_cpu() && C.scalar_type() == at::kFloat && C.dim() == 2 && C.size(0) == d &&
                   C.size(1) == d && (C.stride(1) == 1 || d == 1),

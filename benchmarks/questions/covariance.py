@@ -128,11 +128,11 @@ def _cast_matmul(C: Tensor, x: Tensor) -> None:
 
 def _block_rows(C: Tensor, x: Tensor, rows: int = 1024) -> None:
     # The lower triangle in block rows, each an ordinary product of the library.
+    wide = x if x.is_cuda else x.float()
     for first in range(0, C.shape[0], rows):
         last = min(first + rows, C.shape[0])
         block = C[first:last, :last]
-        if x.dtype == torch.float32 or not x.is_cuda:
-            wide = x if x.dtype == torch.float32 else x[:, :last].float()
+        if wide.dtype == torch.float32:
             block.addmm_(wide[:, first:last].T, wide[:, :last])
         else:
             block += torch.mm(x[:, first:last].T, x[:, :last], out_dtype=torch.float32)
