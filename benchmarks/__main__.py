@@ -12,6 +12,7 @@ import torch
 
 from . import harness, records, report
 from .questions import registry
+from .timing import keep_freed_memory
 
 COMMANDS = ("run", "list", "table", "figures", "predict")
 
@@ -144,4 +145,5 @@ def run(questions: list[harness.Question], arguments: argparse.Namespace) -> int
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -71,7 +71,6 @@ class HostClock:
 
     def __init__(self):
         self._repeats: weakref.WeakKeyDictionary[Timed, int] = weakref.WeakKeyDictionary()
-        _keep_freed_memory()
 
     def sample(self, timed: Timed) -> float:
         """Return one sample in milliseconds."""
@@ -211,11 +210,14 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[int | None, Any]:
     return None if before is None or after is None else max(0, after - before), result
 
 
-def _keep_freed_memory() -> None:
-    # Whether glibc gives freed memory back, and the next call pays for fresh pages, hangs on which block was freed
-    # last: in a decoder layer 2 % of the time, for or against a provider by accident. M_MMAP_MAX, M_TRIM_THRESHOLD.
+def keep_freed_memory() -> None:
+    """Tell glibc, for the rest of the process, to keep what is freed.
+
+    Whether it gives memory back, and the next call pays for fresh pages, hangs on which block was freed last: in a
+    decoder layer 2 % of the time, for or against a provider by accident.
+    """
     try:
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
     except (OSError, AttributeError):
         return

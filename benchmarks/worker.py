@@ -47,6 +47,7 @@ def serve(device: str, requests, answer) -> None:
     from .harness import Case
     from .questions import registry
 
+    timing.keep_freed_memory()
     questions, clock = registry(), timing.clock(device)
     call = None
     for line in requests:

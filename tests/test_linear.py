@@ -283,6 +283,8 @@ def test_projection_of_another_x_is_refused():
 def test_dropout_is_refused_in_a_captured_graph(monkeypatch):
     """Replays would drop the same entries every time, and nobody would notice."""
     tensors = {name: t.detach() for name, t in case((3,), 8, 4, 2, torch.float32).items()}
+    ops.lora_linear(**tensors, dropout=0.5)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ops.lora_linear(**tensors)
     for call in (

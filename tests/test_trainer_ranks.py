@@ -92,7 +92,7 @@ def test_two_processes_train_as_one_does(folder, tmp_path, freeze_a):
     assert found["kind"] == "DistributedDataParallel"
     wanted = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
     assert len(wanted) == len(found["losses"]) == STEPS
-    assert max(abs(a - b) for a, b in zip(wanted, found["losses"], strict=True)) <= 5e-6
+    assert max(abs(a - b) for a, b in zip(wanted, found["losses"], strict=True)) <= 5e-5
     lora_null.save_adapter(alone.model, tmp_path / "alone")
     loaded = [
         lora_null.load_adapter(make_llama(), path) for path in (tmp_path / "alone", folder / f"{freeze_a}.adapter")

@@ -139,7 +139,7 @@ def _dropout_in_effect(dropout: float, training: bool) -> float:
 def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     if not dropout:
         return None
-    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"dropout={dropout} while a CUDA graph is captured: the seed is read on the host, so that every replay "
             "would drop the same entries. Capture with dropout=0, or run this layer outside the graph."
