@@ -10,6 +10,14 @@ from benchmark_suite import ROOT, suite
 
 records = suite("records")
 
+# For a child process: the module alone, without the torch that its package imports.
+LOAD = f"""\
+import importlib.util
+spec = importlib.util.spec_from_file_location("records", {str(ROOT / "benchmarks" / "records.py")!r})
+records = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(records)
+"""
+
 
 def record(number, **fields):
     return {"question": "q", "provider": f"p{number}", "case": {"n": number}, **fields}
@@ -39,10 +47,7 @@ def test_no_space_left_keeps_every_earlier_record(tmp_path):
     """A file size limit stops the write in the middle of a line, as a full disk does."""
     path = tmp_path / "results.jsonl"
     code = f"""
-        import importlib.util, resource, signal, sys
-        spec = importlib.util.spec_from_file_location("records", {str(ROOT / "benchmarks" / "records.py")!r})
-        records = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(records)
+        import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         written = 0
@@ -53,7 +58,9 @@ def test_no_space_left_keeps_every_earlier_record(tmp_path):
         except records.ResultsError as error:
             print(written, error)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD + textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     written, message = done.stdout.split(" ", 1)
     found, damaged = records.read(path)
     assert [r["case"] for r in found] == list(range(int(written))) and int(written) > 5
@@ -65,17 +72,13 @@ def test_no_space_left_keeps_every_earlier_record(tmp_path):
 def test_a_killed_run_keeps_what_it_has(tmp_path):
     path = tmp_path / "results.jsonl"
     code = f"""
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("records", {str(ROOT / "benchmarks" / "records.py")!r})
-        records = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(records)
         number = 0
         while True:
             records.append({str(path)!r}, {{"question": "q", "provider": "p", "case": number}})
             print(number, flush=True)
             number += 1
     """
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", LOAD + textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     last = -1
     for _ in range(20):
         last = int(child.stdout.readline())
