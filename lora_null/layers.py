@@ -190,10 +190,10 @@ def attach_adapter(
 
 def detach_adapter(layer: LoraNullLinear) -> nn.Linear:
     """Turn the layer back into the class it was made from, without touching its weight."""
-    for name in ("lora_A", "lora_B", "initial_A", "initial_B"):
-        delattr(layer, name)
     if layer.projection_group is not None:
         layer.projection_group.leave(layer)
+    for name in ("lora_A", "lora_B", "initial_A", "initial_B"):
+        delattr(layer, name)
     for name in ("scaling", "lora_dropout", "adapter_enabled", "projection_group"):
         layer.__dict__.pop(name, None)
     _set_class(layer, _base_class(type(layer)))

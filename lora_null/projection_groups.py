@@ -1,15 +1,15 @@
 """One projection for the layers that read the same tensor, while their ``lora_A`` is frozen.
 
-Adapters of a sharing group (q, k and v; gate and up) start in one null space: their factors are ``A_i = M_i U`` with
-one orthonormal ``U (r, d)`` and small ``M_i (r, r)``. So ``P = x U^T`` is computed once, each layer uses
-``B_i M_i`` ``(m, r)`` on it, and the gradients of P are summed in rank-r space. The layers stay separate modules
-with ordinary factors; the group only remembers, between their calls, the projection of the tensor last seen.
+Adapters of a sharing group (q, k and v; gate and up) start in one null space: their factors have the same rows up
+to ``A_i = M_i A_1`` with small ``M_i (r, r)``. So ``P = x A_1^T`` is computed once, each layer uses ``B_i M_i``
+``(m, r)`` on it, and the gradients of P are summed in rank-r space. The layers stay separate modules with ordinary
+factors; the group only remembers, between their calls, the projection of the tensor last seen.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 # A row of A may lie outside the common row space by this many roundings of its dtype.
 _ROUNDINGS = 8
+# Rows of A_1, made of equal length, may be this far from orthogonal, by their condition number: roundings of P grow by
+# it. Those of a LoRA-Null factor are orthogonal, those of a random one of r = d / 16 have 1.7.
+_MAX_CONDITION = 4.0
+# On a GPU, sharing saves a pass over x in the forward and one over dx in the backward, and adds three small GEMMs with
+# their casts. By bandwidth and launch times of an H100 the two meet near this many elements of x; not measured.
+_MIN_ELEMENTS_ON_GPU = 2**24
 # Frozen factors change when a model is moved or loaded. Where they change at every call, checking them costs more
 # than sharing gains.
 _MAX_REFRESHES = 16
@@ -45,7 +51,7 @@ class _Entry:
 
 
 class ProjectionGroup:
-    """Computes ``P = x U^T`` at the first layer of the group that sees x and hands it to the others.
+    """Computes ``P = x A_1^T`` at the first layer of the group that sees x and hands it to the others.
 
     P is reused only for the same, unchanged tensor object, under the same gradient mode, autocast state,
     saved-tensor hooks (so never across the border of a checkpointed block) and thread, and once per layer. It is
@@ -55,55 +61,57 @@ class ProjectionGroup:
     put a copy in its place for each forward, and what that holds cannot be told without reading it.
 
     Args:
-        basis: ``U (r, d)`` with orthonormal rows.
-        layers: The layers of the group.
+        layers: The layers of the group; ``A_1`` is the factor of the first.
     """
 
-    def __init__(self, basis: Tensor, layers: Sequence[LoraNullLinear]):
-        self.basis = basis
+    def __init__(self, layers: Sequence[LoraNullLinear]):
         self.size = len(layers)
-        self.out_features = sum(layer.out_features for layer in layers)
-        self._factors = [weakref.ref(layer.lora_A.weight) for layer in layers]
+        self._folded_features = sum(layer.out_features for layer in layers[1:])
+        self._factors: list[Callable[[], Tensor | None]] = [weakref.ref(layer.lora_A.weight) for layer in layers]
         self._forget()
 
     def _forget(self) -> None:
         self._entry: _Entry | None = None
-        self._basis_on: dict[torch.device, Tensor] = {}
         self._mixings: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
         self._refreshes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the basis, not what belongs to a forward pass."""
-        factors = [factor for factor in (ref() for ref in self._factors) if factor is not None]
-        return {"basis": self.basis, "size": self.size, "out_features": self.out_features, "_factors": factors}
+        """Copies and pickles carry the factors, not what belongs to a forward pass."""
+        return self.__dict__ | {"_factors": [ref() for ref in self._factors], "_entry": None, "_mixings": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._factors = [_gone if factor is None else weakref.ref(factor) for factor in state["_factors"]]
+        self._forget()
 
     def leave(self, layer: LoraNullLinear) -> None:
         """Take note that ``layer`` is no longer one of the group."""
         self.size -= 1
-        self.out_features -= layer.out_features
+        if layer.lora_A.weight is not self._factors[0]():
+            self._folded_features -= layer.out_features
 
     def pays(self, x: Tensor) -> bool:
-        """Say whether sharing saves more than folding costs: ``(n - 1) T d > r sum(m_i)``.
+        """Say whether sharing saves more than folding costs: ``2 (n - 1) T d > 3 r sum(m_i)``, without ``m_1``.
 
-        Forward and backward, every layer but the first saves ``4 T d r`` FLOPs of projection, and every layer pays
-        ``4 m r^2`` for ``B_i M_i`` and its gradient. Gate and up of a 1B LLaMA at r = 128 break even at 1024 tokens.
+        Every layer but the first saves ``4 T d r`` FLOPs of projection and its gradient, and pays ``6 m r^2``: for
+        ``B_i M_i``, once more in the backward, and for its gradient. Gate and up of a 1B LLaMA at r = 128 break
+        even at 768 tokens.
         """
-        return x.numel() * (self.size - 1) > self.basis.shape[0] * self.out_features
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._factors = [weakref.ref(factor) for factor in state["_factors"]]
-        self._forget()
+        if x.device.type != "cpu" and x.numel() < _MIN_ELEMENTS_ON_GPU:
+            return False
+        first = self._factors[0]()
+        return first is not None and 2 * x.numel() * (self.size - 1) > 3 * first.shape[0] * self._folded_features
 
     def forward(self, layer: LoraNullLinear, x: Tensor) -> Tensor | None:
         """Apply ``layer`` to ``x (..., d)`` through the shared projection; ``None`` if this call cannot share."""
-        lora_A, lora_B = layer.lora_A.weight, layer.lora_B.weight
-        if not self._may_share(layer, x, lora_A, lora_B):
+        first, lora_A, lora_B = self._factors[0](), layer.lora_A.weight, layer.lora_B.weight
+        if first is None or not self._may_share(layer, x, first, lora_A, lora_B):
             return None
-        mixing = self._mixing(layer, lora_A)
-        if mixing is None:
-            return None
-        folded_B = _product(lora_B.to(mixing.dtype), mixing)
+        mixing = None
+        if lora_A is not first:
+            mixing = self._mixing(layer, lora_A, first)
+            if mixing is None:
+                return None
         scaling, bias = layer.scaling, layer.bias
         entry, circumstances = self._entry, _circumstances(x)
         if (
@@ -116,19 +124,19 @@ class ProjectionGroup:
             entry.served.add(id(layer))
             if len(entry.served) >= self.size:
                 self._entry = None
-            return ops.lora_up_linear(x, layer.weight, entry.projected, folded_B, scaling=scaling, bias=bias)
+            return ops.lora_up_linear(
+                x, layer.weight, entry.projected, lora_B, scaling=scaling, bias=bias, mixing=mixing
+            )
 
         self._entry = None
-        y, P = ops.lora_linear_and_projection(
-            x, layer.weight, self._basis(x.device), folded_B, scaling=scaling, bias=bias
-        )
+        y, P = ops.lora_linear_and_projection(x, layer.weight, first, lora_B, scaling=scaling, bias=bias, mixing=mixing)
         self._entry = _Entry(self._watch(x), x._version, circumstances, P, {id(layer)})
         return y
 
-    def _may_share(self, layer: LoraNullLinear, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    def _may_share(self, layer: LoraNullLinear, x: Tensor, first: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         return (
             type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
-            and not lora_A.requires_grad
+            and not (lora_A.requires_grad or first.requires_grad)
             and any(ref() is lora_A for ref in self._factors)
             # a checkpointed block must do the same in its recomputation as it did at first
             and (self._refreshes < _MAX_REFRESHES or _saved_tensor_hooks() is not None)
@@ -136,7 +144,7 @@ class ProjectionGroup:
             and not is_observed(x)
             and not x.is_inference()  # has no version, so that a change in place would go unnoticed
             and requested_backend() != "torch"
-            and reason_against(x, layer.weight, lora_A, lora_B, layer.bias) is None
+            and reason_against(x, layer.weight, first, lora_A, lora_B, layer.bias) is None
         )
 
     def _watch(self, x: Tensor) -> TensorWeakRef:
@@ -151,36 +159,27 @@ class ProjectionGroup:
         watched.ref = weakref.ref(x, drop)
         return watched
 
-    def _basis(self, device: torch.device) -> Tensor:
-        if device not in self._basis_on:
-            self._basis_on[device] = self.basis.to(device)
-        return self._basis_on[device]
-
     @torch.no_grad()
-    def _mixing(self, layer: LoraNullLinear, lora_A: Tensor) -> Tensor | None:
-        """Return ``M (r, r)`` with ``A = M U``, or ``None`` if A has left the common row space."""
-        key = lora_A.data_ptr(), lora_A._version, lora_A.dtype, lora_A.device
+    def _mixing(self, layer: LoraNullLinear, lora_A: Tensor, first: Tensor) -> Tensor | None:
+        """Return ``M (r, r)`` with ``A = M A_1``, or ``None`` if A has left the common row space."""
+        key = tuple((factor.data_ptr(), factor._version, factor.dtype, factor.device) for factor in (lora_A, first))
         known = self._mixings.get(layer)
         if known is not None and known[0] == key:
             return known[1]
         self._refreshes += known is not None
-        mixing = row_space_coordinates(lora_A, self._basis(lora_A.device))
+        mixing = row_space_coordinates(lora_A, first)
         if mixing is None:
             warn_once(
                 "left-projection-group",
-                "A frozen lora_A no longer lies in the row space that its group shares, probably because other "
-                "values were loaded into it. The layer computes its own projection from now on.",
+                "Frozen lora_A of a group no longer have the row space that they shared, probably because other "
+                "values were loaded into them. Their layers compute their own projections from now on.",
             )
         self._mixings[layer] = key, mixing
         return mixing
 
 
-def _product(lora_B: Tensor, mixing: Tensor) -> Tensor:
-    """Multiply in the factors' own dtype: rounded to an autocast dtype here, B would be rounded twice."""
-    if not torch.is_autocast_enabled(lora_B.device.type):
-        return torch.mm(lora_B, mixing)
-    with torch.autocast(lora_B.device.type, enabled=False):
-        return torch.mm(lora_B, mixing)
+def _gone() -> None:
+    """Stand for a weak reference to what was gone when a group was copied."""
 
 
 def _circumstances(x: Tensor) -> tuple:
@@ -196,35 +195,33 @@ def _saved_tensor_hooks() -> tuple | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def row_space_coordinates(lora_A: Tensor, basis: Tensor) -> Tensor | None:
-    """Return ``M = A U^T (r, r)`` in fp32 (fp64 for fp64) if every row of ``A (r, d)`` is one of ``M U`` to rounding.
+def row_space_coordinates(lora_A: Tensor, first: Tensor) -> Tensor | None:
+    """Return ``M (r, r)`` in fp32 (fp64 for fp64) with ``A = M A_1`` to rounding, or ``None`` if there is none.
 
-    ``basis`` is ``U (r, d)`` with orthonormal rows. The comparison runs in fp64.
+    None either if the rows of ``A_1 (r, d)`` are too near to dependent ones. Computed in fp64, on rows of A_1 made of
+    equal length: those of a LoRA-Null factor are orthogonal, but of lengths ``sqrt(D_j)`` that may differ by orders
+    of magnitude.
     """
-    exact, U = lora_A.double(), basis.double()
-    mixing = exact @ U.t()
-    outside = (exact - mixing @ U).norm(dim=1)
-    tolerance = _ROUNDINGS * max(torch.finfo(lora_A.dtype).eps, torch.finfo(basis.dtype).eps)
+    exact, rows = lora_A.double(), first.double()
+    lengths = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    rows = rows / lengths
+    # The Gram matrix squares a condition number that is at most 4 where it matters.
+    gram = rows @ rows.t()
+    spectrum = torch.linalg.eigvalsh(gram)
+    if not bool(spectrum[0] * _MAX_CONDITION**2 >= spectrum[-1]):
+        return None
+    mixing = torch.linalg.solve(gram, exact @ rows.t(), left=False)
+    outside = (exact - mixing @ rows).norm(dim=1)
+    tolerance = _ROUNDINGS * max(torch.finfo(lora_A.dtype).eps, torch.finfo(first.dtype).eps)
     if not bool((outside <= tolerance * exact.norm(dim=1)).all()):
         return None
-    return mixing.to(torch.promote_types(lora_A.dtype, torch.float32))
-
-
-def orthonormal_rows(lora_A: Tensor) -> Tensor:
-    """Return ``U (r, d)`` in fp32 (fp64 for fp64) whose orthonormal rows span those of ``A (r, d)``.
-
-    Rows are normalised first: those of a LoRA-Null factor are orthogonal, but of lengths ``sqrt(D_j)`` that may
-    differ by orders of magnitude.
-    """
-    exact = lora_A.detach().double()
-    exact = exact / exact.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.linalg.qr(exact.t())[0].t().to(torch.promote_types(lora_A.dtype, torch.float32)).contiguous()
+    return (mixing / lengths.t()).to(torch.promote_types(lora_A.dtype, torch.float32))
 
 
 def share_projections(model: nn.Module) -> int:
     """Let the adapted layers of ``model`` that can share a projection do so; return the number of groups.
 
-    A group is made of the layers directly under one module whose frozen ``lora_A`` span the same rows. Whether they
+    A group is made of the layers directly under one module whose frozen ``lora_A`` span the same space. Whether they
     do read the same tensor is seen at every call, so that grouping too much costs nothing. Groups are no part of
     the state dict, of the parameters or of an exported adapter. Call it again after factors were replaced.
     """
@@ -244,16 +241,15 @@ def _group(layers: Iterable[LoraNullLinear]) -> int:
     groups = 0
     while waiting:
         first, *others = waiting
-        shape = first.lora_A.weight.shape
-        basis = orthonormal_rows(first.lora_A.weight)
+        factor = first.lora_A.weight.detach()
         members: Sequence[LoraNullLinear] = [first] + [
             layer
             for layer in others
-            if layer.lora_A.weight.shape == shape
-            and row_space_coordinates(layer.lora_A.weight, basis.to(layer.lora_A.weight.device)) is not None
+            if layer.lora_A.weight.shape == factor.shape
+            and row_space_coordinates(layer.lora_A.weight.detach(), factor.to(layer.lora_A.weight.device)) is not None
         ]
         if len(members) > 1:
-            group = ProjectionGroup(basis, members)
+            group = ProjectionGroup(members)
             for layer in members:
                 layer.projection_group = group
             groups += 1

@@ -29,16 +29,21 @@ class PlainLora(nn.Module):
 
 
 def factors(model):
-    """Starting factors by layer name: ``A_i = M_i U`` with one U per tensor read, B zero."""
+    """Starting factors by layer name: ``A_i`` of orthogonal rows that span one space per tensor read, B zero."""
     g = torch.Generator().manual_seed(0)
+
+    def orthonormal(n):
+        return torch.linalg.qr(torch.randn(n, RANK, generator=g))[0]
+
     made, bases = {}, {}
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and name != "lm_head":
             parent, _, own = name.rpartition(".")
             key = parent if own not in ("o_proj", "down_proj") else name
             if key not in bases:
-                bases[key] = torch.linalg.qr(torch.randn(linear.in_features, RANK, generator=g))[0]
-            made[name] = torch.randn(RANK, RANK, generator=g) @ bases[key].T, torch.zeros(linear.out_features, RANK)
+                bases[key] = orthonormal(linear.in_features)
+            lora_A = RANK**0.5 * orthonormal(RANK) @ bases[key].T
+            made[name] = lora_A, torch.zeros(linear.out_features, RANK)
     return made
 
 

@@ -135,7 +135,7 @@ def test_the_same_layer_twice_and_any_order():
 
 
 def test_too_few_tokens_to_pay_for_the_folding_are_not_shared(projections):
-    # (n - 1) T d > r sum(m): 2 * T * 24 > 4 * 44 from T = 4 on
+    # 2 (n - 1) T d > 3 r (m_k + m_v): 96 T > 288 from T = 4 on
     shared = pair()[1]
     for count, expected in ((3, 3), (4, 1)):
         projections.clear()
@@ -143,7 +143,13 @@ def test_too_few_tokens_to_pay_for_the_folding_are_not_shared(projections):
         assert sum(shape == (count, D) for shape, _ in projections) == expected
     group = group_of(shared)
     detach_adapter(shared[0].v)
-    assert (group.size, group.out_features) == (2, 32)
+    assert (group.size, group._folded_features) == (2, 12)
+    # 48 T > 144
+    for count, expected in ((3, 2), (4, 1)):
+        projections.clear()
+        shared[0].q(x := tokens(count))
+        shared[0].k(x)
+        assert len(projections) == expected
 
 
 def test_dropout_switches_sharing_off(projections):

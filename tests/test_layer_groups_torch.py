@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_null
-from lora_null.projection_groups import share_projections
+from lora_null.layers import detach_adapter
+from lora_null.projection_groups import row_space_coordinates, share_projections
 
 # Matrices this small are slower on two threads, and much slower beside another process.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +92,54 @@ def test_loading_other_factors_is_noticed(caplog, projections):
     assert len(projections) == 3
     assert share_projections(shared) == 1
     assert shared[0].k.projection_group is None
+
+
+def test_loading_another_first_factor_is_noticed(caplog, projections):
+    """Its rows are what the others' are expressed in."""
+    plain, shared = pair()
+    x = tokens(5)
+    shared(x)
+    state = plain.state_dict()
+    state["0.q.lora_A.weight"] = torch.randn(R, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for model in (plain, shared):
+        model.load_state_dict(state)
+    want = gradients(plain, x)
+    projections.clear()
+    assert_same(gradients(shared, x), want, rtol=1e-10, atol=1e-10)
+    assert len(projections) == 4
+    assert share_projections(shared) == 1
+    assert shared[0].q.projection_group is None and shared[0].k.projection_group is shared[0].v.projection_group
+    projections.clear()
+    assert_same(gradients(shared, x), want, rtol=1e-10, atol=1e-10)
+    assert len(projections) == 3
+
+
+def test_a_trained_or_removed_first_factor_ends_the_sharing(projections):
+    plain, shared = pair()
+    x = tokens(5)
+    for model in (plain, shared):
+        model[0].q.lora_A.weight.requires_grad_()
+    want = gradients(plain, x)
+    projections.clear()
+    assert_same(gradients(shared, x), want, rtol=1e-10, atol=1e-10)
+    assert len(projections) == 4
+    detach_adapter(shared[0].q), detach_adapter(plain[0].q)
+    for twin in (shared, copy.deepcopy(shared)):
+        projections.clear()
+        assert_same(gradients(twin, x), gradients(plain, x), rtol=1e-10, atol=1e-10)
+        assert len(projections) == 3 + 3
+    assert share_projections(shared) == 1
+
+
+def test_rows_that_are_nearly_dependent_are_not_shared():
+    """Roundings of the projection would grow by the condition of its rows."""
+    first = torch.eye(R, D, dtype=torch.float64)
+    mixing = torch.randn(R, R, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(row_space_coordinates(mixing @ first, first * 1e-3).double(), mixing * 1e3)
+    for column in (first[0] + 1e-3 * first[1], torch.zeros(D, dtype=torch.float64)):
+        near = first.clone()
+        near[1] = column
+        assert row_space_coordinates(mixing @ near, near) is None
 
 
 def test_factors_that_change_at_every_call_end_the_sharing(projections):

@@ -85,15 +85,58 @@ def test_gradcheck_up_linear_and_project(backend):
     assert torch.autograd.gradcheck(function, tuple(tensors.values()))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("used", ["both", "y", "S"])
-def test_gradcheck_of_y_and_projection(backend, used):
+def test_gradcheck_of_y_and_projection(backend, used, mixed):
     tensors = case((5,), 7, 4, 3, torch.float64)
+    mixing = mixing_of(2, 3) if mixed else None
+    if mixed:
+        tensors["lora_B"] = tensors["lora_B"].detach()[:, :2].requires_grad_()
 
     def function(*values):
-        y, S = ops.lora_linear_and_projection(**dict(zip(NAMES, values, strict=True)), scaling=1.3)
+        y, S = ops.lora_linear_and_projection(**dict(zip(NAMES, values, strict=True)), scaling=1.3, mixing=mixing)
         return {"both": (y, S), "y": y, "S": S}[used]
 
     assert torch.autograd.gradcheck(function, tuple(tensors.values()))
+
+
+def mixing_of(r, p, dtype=torch.float64):
+    return torch.randn(r, p, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("needed", [("x", "projected", "lora_B"), ("projected",), ("lora_B",)], ids=" ".join)
+def test_gradcheck_of_a_mixed_projection(backend, needed):
+    x, weight, _, _, bias = case((5,), 7, 4, 3, torch.float64, grad=()).values()
+    projected, lora_B, mixing = mixing_of(5, 3), mixing_of(4, 2), mixing_of(2, 3)
+    given = {"x": x, "projected": projected, "lora_B": lora_B}
+
+    def function(*values):
+        tensors = given | dict(zip(needed, values, strict=True))
+        return ops.lora_up_linear(**tensors, weight=weight, bias=bias, scaling=0.7, mixing=mixing)
+
+    assert torch.autograd.gradcheck(function, tuple(given[name].clone().requires_grad_() for name in needed))
+    want = ops.lora_up_linear_reference(x, weight, projected, lora_B @ mixing, bias=bias)
+    torch.testing.assert_close(ops.lora_up_linear(x, weight, projected, lora_B, bias=bias, mixing=mixing), want)
+
+
+def test_a_mixed_projection_keeps_nothing_but_the_projection():
+    x, weight, projected, lora_B, mixing = (mixing_of(*shape) for shape in ((9, 7), (4, 7), (9, 3), (4, 2), (2, 3)))
+    x.requires_grad_(), projected.requires_grad_(), lora_B.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.lora_up_linear(x, weight, projected, lora_B, mixing=mixing)
+    given = {t.data_ptr() for t in (weight, projected, lora_B, mixing)}
+    assert kept and {t.data_ptr() for t in kept} <= given
+
+
+def test_bad_mixings_are_refused():
+    x, weight, projected, lora_B = (mixing_of(*shape) for shape in ((9, 7), (4, 7), (9, 3), (4, 2)))
+    with pytest.raises(ValueError, match=r"mixing is \(2, 4\): expected \(r, 3\)"):
+        ops.lora_up_linear(x, weight, projected, lora_B, mixing=mixing_of(2, 4))
+    with pytest.raises(ValueError, match="mixing requires a gradient"):
+        ops.lora_up_linear(x, weight, projected, lora_B, mixing=mixing_of(2, 3).requires_grad_())
+    with pytest.raises(ValueError, match=r"lora_B is \(4, 2\): expected \(m, r\) = \(4, 3\)"):
+        ops.lora_up_linear(x, weight, projected, lora_B, mixing=mixing_of(3, 3))
 
 
 SHAPES = [

@@ -69,9 +69,12 @@ def test_shared_projection(calls):
     tensors, dy = case(torch.float32)
     x, W, A, B = (tensors[name] for name in ("x", "weight", "lora_A", "lora_B"))
 
+    mixing = torch.linalg.qr(torch.randn(len(A), len(A)))[0]
+
     def loss(first, up):
         y, S = first(x, W, A, B, scaling=0.7)
-        return (y * dy).sum() + (up(x, W.flip(0), S, B.flip(1), scaling=0.3) * dy).sum()
+        z = up(x, W.flip(0), S, B.flip(1), scaling=0.3) + up(x, W, S, B, scaling=0.2, mixing=mixing)
+        return ((y + z) * dy).sum()
 
     want = torch.autograd.grad(loss(ops.reference.lora_linear_and_projection, ops.lora_up_linear_reference), (x, A, B))
     got = torch.autograd.grad(loss(ops.lora_linear_and_projection, ops.lora_up_linear), (x, A, B))
@@ -83,8 +86,8 @@ def test_shared_projection(calls):
 def test_opcheck():
     tensors, _ = case(torch.float32, lead=(9,))
     x, W, A, B, bias = tensors.values()
-    torch.library.opcheck(torch.ops.lora_null.lora_linear.default, (x, W, A, B, bias, 0.7, 0.0, None))
-    torch.library.opcheck(torch.ops.lora_null.lora_up_linear.default, (x, W, x[:, :5].detach(), B, bias, 0.7))
+    torch.library.opcheck(torch.ops.lora_null.lora_linear.default, (x, W, A, B, bias, None, 0.7, 0.0, None))
+    torch.library.opcheck(torch.ops.lora_null.lora_up_linear.default, (x, W, x[:, :5].detach(), B, bias, None, 0.7))
     torch.library.opcheck(torch.ops.lora_null.lora_project.default, (x, [A, A.detach()[:2]], 0.0, None))
 
 

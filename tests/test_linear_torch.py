@@ -38,12 +38,19 @@ def assert_same(got, want, **tolerance):
 def test_opcheck(dtype, grad):
     x, W, A, B, bias = case(dtype, grad=grad).values()
     projected = (x.detach() @ A.detach().t()).requires_grad_("x" in grad)
+    mixing = (
+        torch.linspace(-1, 1, (len(A) - 1) * len(A))
+        .view(len(A) - 1, len(A))
+        .to(torch.promote_types(dtype, torch.float32))
+    )
     # bf16 results of a compiled and an eager backward may differ by a rounding.
     tolerance = {} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.1}
     for op, arguments in (
-        (torch.ops.lora_null.lora_linear.default, (x, W, A, B, bias, 0.7, 0.0, None)),
-        (torch.ops.lora_null.lora_linear.default, (x, W, A, B, None, 0.7, 0.5, torch.tensor(3))),
-        (torch.ops.lora_null.lora_up_linear.default, (x, W, projected, B, bias, 0.7)),
+        (torch.ops.lora_null.lora_linear.default, (x, W, A, B, bias, None, 0.7, 0.0, None)),
+        (torch.ops.lora_null.lora_linear.default, (x, W, A, B, None, None, 0.7, 0.5, torch.tensor(3))),
+        (torch.ops.lora_null.lora_linear.default, (x, W, A, B[:, 1:], None, mixing, 0.7, 0.0, None)),
+        (torch.ops.lora_null.lora_up_linear.default, (x, W, projected, B, bias, None, 0.7)),
+        (torch.ops.lora_null.lora_up_linear.default, (x, W, projected, B[:, 1:], bias, mixing, 0.7)),
         (torch.ops.lora_null.lora_project.default, (x, [A, A.detach()[:2]], 0.0, None)),
     ):
         torch.library.opcheck(op, arguments, **tolerance)

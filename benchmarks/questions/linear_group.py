@@ -68,8 +68,11 @@ class LinearGroup(Question):
         def random(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
-        basis = torch.linalg.qr(random(d, r).float())[0].to(dtype)
-        mixings = {name: random(r, r, scale=r**-0.5) for name in linears}
+        def orthonormal(n: int) -> Tensor:
+            return torch.linalg.qr(random(n, r).float())[0].to(dtype)
+
+        basis = orthonormal(d)
+        mixings = {name: orthonormal(r) for name in linears}
         exact = {name: mixing.double() @ basis.double().T for name, mixing in mixings.items()}
         Bs = {name: random(m, r, scale=r**-0.5) for name, (m, _) in linears.items()}
         weights = {name: random(m, d, scale=d**-0.5) for name, (m, _) in linears.items()}

@@ -39,24 +39,37 @@ def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
     return [None if t is None else t.dtype for t in tensors]
 
 
-# ---- y = x W^T + s drop(x) A^T B^T + bias ----
+def _folded(lora_B, mixing):
+    """Return ``B M (m, p)`` for a projection of which A is ``M`` times the factor, in the precision of M.
+
+    Made again in the backward: as many bytes as B would otherwise be kept for every layer.
+    """
+    return lora_B if mixing is None else torch.mm(lora_B.to(mixing.dtype), mixing)
 
 
-def _lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout, seed):
+def _unfolded(dB, mixing):
+    """Turn the gradient of ``B M`` into that of B."""
+    return dB if mixing is None else torch.mm(dB.to(mixing.dtype), mixing.t())
+
+
+# ---- y = x W^T + s drop(x) A^T (B M)^T + bias ----
+
+
+def _lora_linear(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed):
     """Return ``y (..., m)`` and ``S = drop(x) A^T (..., r)``."""
     rows, number = _rows(x), int(seed) if dropout else 0
     plan = dispatch.plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout)
     (S,) = plan.project(rows, (lora_A,), dropout=dropout, seed=number)
-    y = plan.forward(rows, weight, S, lora_B, scaling=scaling, bias=bias)
+    y = plan.forward(rows, weight, S, _folded(lora_B, mixing), scaling=scaling, bias=bias)
     return _unrows(y, x.shape[:-1]), _unrows(S, x.shape[:-1])
 
 
-def _lora_linear_fake(x, weight, lora_A, lora_B, bias, scaling, dropout, seed):
+def _lora_linear_fake(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed):
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], lora_A.shape[0])
 
 
 def _lora_linear_setup(ctx, inputs, output):
-    x, weight, lora_A, lora_B, bias, ctx.scaling, ctx.dropout, seed = inputs
+    x, weight, lora_A, lora_B, bias, mixing, ctx.scaling, ctx.dropout, seed = inputs
     need_x, need_W, need_A, need_B, _ = ctx.needs = list(ctx.needs_input_grad[:5])
     ctx.set_materialize_grads(False)
     ctx.dtypes = _dtypes(x, weight, lora_A, lora_B, bias)
@@ -67,27 +80,29 @@ def _lora_linear_setup(ctx, inputs, output):
         lora_A if need_x else None,
         lora_B if need_x or need_A else None,
         output[1] if need_B else None,
+        mixing,
         seed,
     )
 
 
 def _lora_linear_grad(ctx, dy, dS):
     if dy is None and dS is None:
-        return (None,) * 8
+        return (None,) * 9
     if dy is None:
         dy = dS.new_zeros(*dS.shape[:-1], ctx.m)
     found = lora_linear_backward(dy, dS, *ctx.saved_tensors, ctx.d, ctx.scaling, ctx.dropout, ctx.needs)
-    return _gradients(found, ctx.needs, ctx.dtypes, 8)
+    return _gradients(found, ctx.needs, ctx.dtypes, 9)
 
 
-def _lora_linear_backward(dy, dS, x, weight, lora_A, lora_B, S, seed, d, scaling, dropout, needs):
+def _lora_linear_backward(dy, dS, x, weight, lora_A, lora_B, S, mixing, seed, d, scaling, dropout, needs):
     """Return the needed ones of ``dx, dW, dA, dB, dbias``; ``dS`` is the gradient that S got from elsewhere."""
     need_x, need_W, need_A, need_B, need_bias = needs
     dy_rows, number = _rows(dy), int(seed) if dropout else 0
-    r = S.shape[-1] if need_B else lora_B.shape[1] if need_x or need_A else 0
+    need_dS = need_x or need_A
+    folded_B, S_rows = _folded(lora_B, mixing) if need_dS else None, _rows(S) if need_B else None
+    r = S.shape[-1] if need_B else folded_B.shape[1] if need_dS else 0
     plan = dispatch.plan(dy_rows, dy.shape[-1], r, weight=weight, d=d, dropout=dropout)
-    S_rows = _rows(S) if need_B else None
-    own_dS, dB = plan.backward_dy(dy_rows, S_rows, lora_B, scaling=scaling, need_dS=need_x or need_A, need_dB=need_B)
+    own_dS, dB = plan.backward_dy(dy_rows, S_rows, folded_B, scaling=scaling, need_dS=need_dS, need_dB=need_B)
     if dS is not None and own_dS is not None:
         own_dS.add_(_rows(dS))
     found = []
@@ -100,13 +115,13 @@ def _lora_linear_backward(dy, dS, x, weight, lora_A, lora_B, S, seed, d, scaling
         dA = plan.backward_dA(own_dS, _rows(x), dropout=dropout, seed=number)
         found.append(dA.to(_factor_dtype(dy.dtype)))
     if need_B:
-        found.append(dB.to(_factor_dtype(dy.dtype)))
+        found.append(_unfolded(dB, mixing).to(_factor_dtype(dy.dtype)))
     if need_bias:
         found.append(dy_rows.sum(0))
     return found
 
 
-def _lora_linear_backward_fake(dy, dS, x, weight, lora_A, lora_B, S, seed, d, scaling, dropout, needs):
+def _lora_linear_backward_fake(dy, dS, x, weight, lora_A, lora_B, S, mixing, seed, d, scaling, dropout, needs):
     need_x, need_W, need_A, need_B, need_bias = needs
     m, factor = dy.shape[-1], _factor_dtype(dy.dtype)
     found = []
@@ -115,31 +130,31 @@ def _lora_linear_backward_fake(dy, dS, x, weight, lora_A, lora_B, S, seed, d, sc
     if need_W:
         found.append(dy.new_empty(m, d))
     if need_A:
-        found.append(dy.new_empty(lora_B.shape[1], d, dtype=factor))
+        found.append(dy.new_empty((lora_B if mixing is None else mixing).shape[1], d, dtype=factor))
     if need_B:
-        found.append(dy.new_empty(m, S.shape[-1], dtype=factor))
+        found.append(dy.new_empty(m, S.shape[-1] if mixing is None else mixing.shape[0], dtype=factor))
     if need_bias:
         found.append(dy.new_empty(m))
     return found
 
 
-# ---- y = x W^T + s P B^T + bias ----
+# ---- y = x W^T + s P (B M)^T + bias ----
 
 
-def _lora_up_linear(x, weight, projected, lora_B, bias, scaling):
+def _lora_up_linear(x, weight, projected, lora_B, bias, mixing, scaling):
     """Return ``y (..., m)``."""
     rows = _rows(x)
-    plan = dispatch.plan(rows, weight.shape[0], lora_B.shape[1], weight=weight)
-    y = plan.forward(rows, weight, _rows(projected), lora_B, scaling=scaling, bias=bias)
+    plan = dispatch.plan(rows, weight.shape[0], projected.shape[-1], weight=weight)
+    y = plan.forward(rows, weight, _rows(projected), _folded(lora_B, mixing), scaling=scaling, bias=bias)
     return _unrows(y, x.shape[:-1])
 
 
-def _lora_up_linear_fake(x, weight, projected, lora_B, bias, scaling):
+def _lora_up_linear_fake(x, weight, projected, lora_B, bias, mixing, scaling):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _lora_up_linear_setup(ctx, inputs, output):
-    x, weight, projected, lora_B, bias, ctx.scaling = inputs
+    x, weight, projected, lora_B, bias, mixing, ctx.scaling = inputs
     need_x, need_W, need_P, need_B, _ = ctx.needs = list(ctx.needs_input_grad[:5])
     ctx.dtypes = _dtypes(x, weight, projected, lora_B, bias)
     ctx.d = weight.shape[1]
@@ -148,22 +163,23 @@ def _lora_up_linear_setup(ctx, inputs, output):
         weight if need_x else None,
         projected if need_B else None,
         lora_B if need_P else None,
+        mixing,
     )
 
 
 def _lora_up_linear_grad(ctx, dy):
     found = lora_up_linear_backward(dy, *ctx.saved_tensors, ctx.d, ctx.scaling, ctx.needs)
-    return _gradients(found, ctx.needs, ctx.dtypes, 6)
+    return _gradients(found, ctx.needs, ctx.dtypes, 7)
 
 
-def _lora_up_linear_backward(dy, x, weight, projected, lora_B, d, scaling, needs):
+def _lora_up_linear_backward(dy, x, weight, projected, lora_B, mixing, d, scaling, needs):
     """Return the needed ones of ``dx, dW, dP, dB, dbias``."""
     need_x, need_W, need_P, need_B, need_bias = needs
     dy_rows = _rows(dy)
-    r = projected.shape[-1] if need_B else lora_B.shape[1] if need_P else 0
+    folded_B, P_rows = _folded(lora_B, mixing) if need_P else None, _rows(projected) if need_B else None
+    r = projected.shape[-1] if need_B else folded_B.shape[1] if need_P else 0
     plan = dispatch.plan(dy_rows, dy.shape[-1], r, d=d)
-    P_rows = _rows(projected) if need_B else None
-    dP, dB = plan.backward_dy(dy_rows, P_rows, lora_B, scaling=scaling, need_dS=need_P, need_dB=need_B)
+    dP, dB = plan.backward_dy(dy_rows, P_rows, folded_B, scaling=scaling, need_dS=need_P, need_dB=need_B)
     found = []
     if need_x:
         found.append(_unrows(torch.mm(dy_rows, weight), dy.shape[:-1]))
@@ -172,13 +188,13 @@ def _lora_up_linear_backward(dy, x, weight, projected, lora_B, d, scaling, needs
     if need_P:
         found.append(_unrows(dP, dy.shape[:-1]))
     if need_B:
-        found.append(dB.to(_factor_dtype(dy.dtype)))
+        found.append(_unfolded(dB, mixing).to(_factor_dtype(dy.dtype)))
     if need_bias:
         found.append(dy_rows.sum(0))
     return found
 
 
-def _lora_up_linear_backward_fake(dy, x, weight, projected, lora_B, d, scaling, needs):
+def _lora_up_linear_backward_fake(dy, x, weight, projected, lora_B, mixing, d, scaling, needs):
     need_x, need_W, need_P, need_B, need_bias = needs
     m, lead = dy.shape[-1], dy.shape[:-1]
     found = []
@@ -187,9 +203,10 @@ def _lora_up_linear_backward_fake(dy, x, weight, projected, lora_B, d, scaling, 
     if need_W:
         found.append(dy.new_empty(m, d))
     if need_P:
-        found.append(dy.new_empty(*lead, lora_B.shape[1]))
+        found.append(dy.new_empty(*lead, (lora_B if mixing is None else mixing).shape[1]))
     if need_B:
-        found.append(dy.new_empty(m, projected.shape[-1], dtype=_factor_dtype(dy.dtype)))
+        r = projected.shape[-1] if mixing is None else mixing.shape[0]
+        found.append(dy.new_empty(m, r, dtype=_factor_dtype(dy.dtype)))
     if need_bias:
         found.append(dy.new_empty(m))
     return found
@@ -256,8 +273,8 @@ def _lora_project_backward_fake(dSs, x, lora_As, seed, dropout, needs):
 
 lora_linear = Operation(
     "lora_null::lora_linear",
-    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout,"
-    " Tensor? seed) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mixing, float scaling,"
+    " float dropout, Tensor? seed) -> (Tensor, Tensor)",
     _lora_linear,
     _lora_linear_fake,
     setup=_lora_linear_setup,
@@ -266,13 +283,13 @@ lora_linear = Operation(
 lora_linear_backward = Operation(
     "lora_null::lora_linear_backward",
     "(Tensor dy, Tensor? dS, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? S,"
-    " Tensor? seed, SymInt d, float scaling, float dropout, bool[] needs) -> Tensor[]",
+    " Tensor? mixing, Tensor? seed, SymInt d, float scaling, float dropout, bool[] needs) -> Tensor[]",
     _lora_linear_backward,
     _lora_linear_backward_fake,
 )
 lora_up_linear = Operation(
     "lora_null::lora_up_linear",
-    "(Tensor x, Tensor weight, Tensor projected, Tensor lora_B, Tensor? bias, float scaling) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor projected, Tensor lora_B, Tensor? bias, Tensor? mixing, float scaling) -> Tensor",
     _lora_up_linear,
     _lora_up_linear_fake,
     setup=_lora_up_linear_setup,
@@ -280,8 +297,8 @@ lora_up_linear = Operation(
 )
 lora_up_linear_backward = Operation(
     "lora_null::lora_up_linear_backward",
-    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? projected, Tensor? lora_B, SymInt d, float scaling,"
-    " bool[] needs) -> Tensor[]",
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? projected, Tensor? lora_B, Tensor? mixing, SymInt d,"
+    " float scaling, bool[] needs) -> Tensor[]",
     _lora_up_linear_backward,
     _lora_up_linear_backward_fake,
 )

@@ -62,47 +62,68 @@ def lora_linear(
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout=dropout, seed=seed)
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check(x, weight, bias, lora_A=lora_A, lora_B=lora_B)
-    return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, float(scaling), dropout, _seed(dropout, seed))[0]
+    seed = _seed(dropout, seed)
+    return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, None, float(scaling), dropout, seed)[0]
 
 
 def lora_linear_and_projection(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    mixing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, S)`` of :func:`lora_linear` without dropout, ``S = x A^T`` ``(..., r)`` differentiable.
 
     For the first of several layers that read the same x: the others take S through :func:`lora_up_linear`, their
     gradients of S come back to this operation, and ``dS A`` joins x's gradient inside this layer's own product.
+    With ``mixing`` the layer's own factor is ``M A``, as in :func:`lora_up_linear`.
     """
-    if dispatch.use_reference(x, weight, lora_A, lora_B, bias):
-        return reference.lora_linear_and_projection(x, weight, lora_A, lora_B, scaling=scaling, bias=bias)
+    if dispatch.use_reference(x, weight, lora_A, lora_B, bias, mixing):
+        return reference.lora_linear_and_projection(
+            x, weight, lora_A, lora_B, scaling=scaling, bias=bias, mixing=mixing
+        )
     x, weight, bias = _cast_for_autocast(x, weight, bias)
-    _check(x, weight, bias, lora_A=lora_A, lora_B=lora_B)
-    return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, float(scaling), 0.0, None)
+    _check(x, weight, bias, mixing, lora_A=lora_A, lora_B=lora_B)
+    return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, mixing, float(scaling), 0.0, None)
 
 
 def lora_up_linear(
-    x: Tensor, weight: Tensor, projected: Tensor, lora_B: Tensor, *, scaling: float = 1.0, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    projected: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    mixing: Tensor | None = None,
 ) -> Tensor:
-    """Apply a linear layer and the upper half of its adapter: ``y = x W^T + s P B^T + bias``.
+    """Apply a linear layer and the upper half of its adapter: ``y = x W^T + s P (B M)^T + bias``.
 
     Args:
         x: ``(..., d)``.
         weight: ``W (m, d)`` in the dtype of ``x``.
-        projected: ``P (..., r)``, the projection ``x A^T`` made elsewhere. Its gradient is ``s dy B``; gradients
-            of several layers that take the same P are summed by autograd, in rank-r space.
+        projected: ``P (..., p)``, a projection of x made elsewhere. Its gradient is ``s dy B M``; gradients of
+            several layers that take the same P are summed by autograd, in rank-p space.
         lora_B: ``B (m, r)``.
         scaling: The factor ``s``.
         bias: ``(m,)``.
+        mixing: ``M (r, p)``, where P is ``x U^T`` with a factor U ``(p, d)`` of several layers and this layer's
+            is ``A = M U``. A constant, which gets no gradient; its dtype is that of the product ``B M``, which is
+            made again in the backward and not kept. Without it M is the identity and P is ``x A^T``.
 
     Returns:
         ``y (..., m)``. Errors are those of :func:`lora_linear`.
     """
-    if dispatch.use_reference(x, weight, projected, lora_B, bias):
-        return reference.lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias)
+    if dispatch.use_reference(x, weight, projected, lora_B, bias, mixing):
+        return reference.lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing)
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     projected = projected.to(x.dtype)
-    _check(x, weight, bias, projected=projected, lora_B=lora_B)
-    return _linear_ops.lora_up_linear(x, weight, projected, lora_B, bias, float(scaling))
+    _check(x, weight, bias, mixing, projected=projected, lora_B=lora_B)
+    return _linear_ops.lora_up_linear(x, weight, projected, lora_B, bias, mixing, float(scaling))
 
 
 def lora_project(
@@ -157,7 +178,13 @@ def _cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
     return tuple(t if t is None or t.dtype == dtype or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
-def _check(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **factors: Tensor) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mixing: Tensor | None = None,
+    **factors: Tensor,
+) -> None:
     d = x.shape[-1] if x.ndim else None
     lora_A, lora_B, projected = (factors.get(name) for name in ("lora_A", "lora_B", "projected"))
     if weight is not None and weight.shape[1] != d:
@@ -180,6 +207,12 @@ def _check(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, 
     if weight is None or lora_B is None:
         return
     r = lora_A.shape[0] if lora_A is not None else projected.shape[-1] if projected is not None else None
+    if mixing is not None:
+        if mixing.ndim != 2 or mixing.shape[1] != r:
+            raise ValueError(f"mixing is {tuple(mixing.shape)}: expected (r, {r}) for a projection of rank {r}.")
+        if mixing.requires_grad:
+            raise ValueError("mixing requires a gradient, but is a constant here; multiply it into lora_B instead.")
+        r = mixing.shape[0]
     if tuple(lora_B.shape) != (weight.shape[0], r):
         raise ValueError(f"lora_B is {tuple(lora_B.shape)}: expected (m, r) = ({weight.shape[0]}, {r}).")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):

@@ -43,9 +43,18 @@ def lora_project(
 
 
 def lora_up_linear(
-    x: Tensor, weight: Tensor, projected: Tensor, lora_B: Tensor, *, scaling: float = 1.0, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    projected: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    mixing: Tensor | None = None,
 ) -> Tensor:
-    """Return ``x W^T + s P B^T + bias`` with ``P = projected``; see :func:`lora_null.ops.lora_up_linear`."""
+    """Return ``x W^T + s P (B M)^T + bias`` with ``P = projected``; see :func:`lora_null.ops.lora_up_linear`."""
+    if mixing is not None:
+        lora_B = torch.mm(lora_B.to(mixing.dtype), mixing)
     return linear(x, weight, bias) + scaling * linear(projected, lora_B.to(projected.dtype))
 
 
@@ -67,8 +76,15 @@ def lora_linear(
 
 
 def lora_linear_and_projection(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    mixing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, x A^T)``; see :func:`lora_null.ops.lora_linear_and_projection`."""
     (projected,) = lora_project(x, lora_A)
-    return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias), projected
+    return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing), projected
