@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ._quantised import layout_kept
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -19,7 +21,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), layout_kept(model):
             yield
     finally:
         for module, training in flags:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._quantised import dequantised, is_dense
+
 # Elements of each weight that enter the fingerprint: enough to tell two models apart, and 120 layers of a
 # 135M model take 10 ms.
 _SAMPLES = 64
@@ -77,12 +79,7 @@ def materialized(module: nn.Module) -> Iterator[None]:
 
 def dense_weight(linear: nn.Linear) -> Tensor:
     """Return the weight ``(m, d)`` as a floating-point tensor: dequantised, gathered; call inside ``materialized``."""
-    weight = gathered(linear.weight)
-    if weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features):
-        return weight.detach()
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(linear).detach()
+    return gathered(linear.weight).detach() if is_dense(linear) else dequantised(linear)
 
 
 def shared_weights(model: nn.Module) -> set[int]:
@@ -101,8 +98,9 @@ def require_writable(name: str, linear: nn.Linear, wish: str, shared: Set[int] =
         problem = "shares its weight with another module (tied weights), which would change along with it"
     elif weight.is_floating_point() and weight.ndim == 1:
         problem = "is flattened by FSDP1, so that this process holds a part of it"
-    elif not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features):
-        problem = f"is quantised ({type(linear).__name__}, {weight.dtype}), so that an update cannot be represented"
+    elif not is_dense(linear):
+        kind = f"{type(linear).__name__}, {type(weight).__name__}, {weight.dtype}"
+        problem = f"is quantised ({kind}), so that an update cannot be represented"
     elif getattr(getattr(linear, "_hf_hook", None), "offload", False):
         problem = "is offloaded, so that accelerate would load the old weight again at the next forward"
     else:
@@ -137,7 +135,7 @@ def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
     for name, linear in linears.items():
         with materialized(linear):
             weight = linear.weight
-            if not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features):
+            if not is_dense(linear):
                 return None
             flat = dense_weight(linear).flatten()
             step = max(1, flat.numel() // _SAMPLES)

@@ -39,7 +39,7 @@ from ._weights import (
 from .config import LoraNullConfig
 from .distributed import in_first_process
 from .initialization import AdapterState, get_state, set_state, shift_base
-from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter
+from .layers import LoraNullLinear, adapter_layers, attach_adapter, detach_adapter, require_adaptable
 from .projection_groups import share_projections
 
 _DIVERGED = "The training run diverged; lower the learning rate and start again from an earlier checkpoint."
@@ -177,6 +177,7 @@ def load_adapter(
     factors, own = files.factors, files.own
     linears = _matching_linears(base_model, factors, folder)
     refuse_sharded(linears, "load_adapter")
+    require_adaptable(linears)
     base = fingerprint(linears)
     if verify_base and base and own.get("base_fingerprint") and base != own["base_fingerprint"]:
         raise ValueError(

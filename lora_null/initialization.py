@@ -17,7 +17,7 @@ from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, divide, gather
 from .factors import factorize
-from .layers import LoraNullLinear, adapter_layers, attach_adapter
+from .layers import LoraNullLinear, adapter_layers, attach_adapter, require_adaptable
 from .projection_groups import share_projections
 from .solver import NullSpace, null_spaces
 from .targets import target_linears
@@ -249,6 +249,7 @@ def _check(
             "lora_null.calibrate on this model with the same config."
         )
     refuse_sharded(linears, "initialize")
+    require_adaptable(linears)
     shared = shared_weights(model)
     for name, linear in linears.items():
         d, m = linear.in_features, linear.out_features

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._quantised import allow_gradients, is_dense
 from ._weights import gathered
 from .projection_groups import ProjectionGroup
 
@@ -77,7 +79,7 @@ class LoraNullLinear(nn.Linear):
             return super().forward(x)
         lora_A, lora_B = factors[0].weight, factors[1].weight
         dropout = self.lora_dropout if self.training and self.adapter_enabled else 0.0
-        if _base_class(type(self)) is nn.Linear:
+        if _base_class(type(self)) is nn.Linear and is_dense(self):
             if self.projection_group is not None and self.adapter_enabled and not dropout:
                 y = self.projection_group.forward(self, x)
                 if y is not None:
@@ -96,6 +98,13 @@ class LoraNullLinear(nn.Linear):
         if self.initial_A is not None and self.initial_B is not None:
             initial = self.initial_A.weight, self.initial_B.weight
         return stack_delta(self.lora_A.weight, self.lora_B.weight, self.scaling, initial)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the class that was adapted: the adapted class is made on demand."""
+        make, arguments, *rest = cast(tuple, super().__reduce_ex__(protocol))
+        if make is copyreg.__newobj__ and type(self) is not LoraNullLinear:  # type: ignore[attr-defined]
+            make, arguments = _new_adapted, (_base_class(type(self)),)
+        return make, arguments, *rest
 
     def extra_repr(self) -> str:
         """Add the adapter's figures to torch's line."""
@@ -134,8 +143,28 @@ _PATCHED: dict[type, type[LoraNullLinear]] = {nn.Linear: LoraNullLinear}
 
 def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
     if base not in _PATCHED:
-        _PATCHED[base] = type(f"LoraNull{base.__name__}", (LoraNullLinear, base), {})
+        patched = type(f"LoraNull{base.__name__}", (LoraNullLinear, base), {})
+        try:
+            base.__new__(base).__class__ = patched
+        except TypeError as error:
+            raise ValueError(
+                f"{base.__module__}.{base.__name__} cannot be adapted in place ({error}). Attach adapters with "
+                "peft.get_peft_model and use lora_null.peft.initialize_lora_null_weights, or leave such layers out "
+                "through target_modules."
+            ) from None
+        _PATCHED[base] = patched
     return _PATCHED[base]
+
+
+def require_adaptable(linears: Mapping[str, nn.Linear]) -> None:
+    """Refuse layers that :func:`attach_adapter` could not change in place, before it changes any."""
+    for base in {type(linear) for linear in linears.values()}:
+        _patched_class(base)
+
+
+def _new_adapted(base: type[nn.Linear]) -> LoraNullLinear:
+    patched = _patched_class(base)
+    return patched.__new__(patched)
 
 
 def _base_class(patched: type[LoraNullLinear]) -> type[nn.Linear]:
@@ -176,6 +205,7 @@ def attach_adapter(
         )
     for parameter in linear.parameters():
         parameter.requires_grad_(False)
+    allow_gradients([linear])
     _set_class(linear, _patched_class(type(linear)))
     layer = cast(LoraNullLinear, linear)
     layer.lora_A = LowRankFactor(lora_A, trainable=train_a)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ._adapter_files import OWN_CONFIG, read_json
 from ._logging import warn_once
 from ._peft_fused import FusedKernels, FusedLoraLinear, use_fused_kernels
+from ._quantised import allow_gradients
 from ._weights import (
     fingerprint,
     is_distributed,
@@ -262,6 +263,7 @@ def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: 
 @torch.no_grad()
 def _initialize_layer(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
     base = layer.get_base_layer()
+    allow_gradients([base])
     layer.lora_A[adapter_name].weight.copy_(initial_A)
     if freeze_a:
         layer.lora_B[adapter_name].weight.zero_()

@@ -22,10 +22,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 
 from .._logging import warn_once
+from .._quantised import PLAIN_TENSORS
 from ..kernels.config import architecture, table
 from . import vendor
 
@@ -38,8 +38,6 @@ _UNMEASURED = {product: "cublas" for product in PRODUCTS} | {"backward_dy": "tri
 
 # Products that apply a dropout mask, which the kernels regenerate and a GEMM has to read.
 _MASKED = ("project", "backward_dx", "backward_dA")
-
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def reason_against(x: Tensor, *others: Tensor | None) -> str | None:
     for tensor in (x, *others):
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN_TENSORS:
             return f"a {type(tensor).__name__} is sharded, quantised or otherwise not a plain tensor"
         if not tensor.dtype.is_floating_point:
             return f"a {tensor.dtype} tensor is no plain weight or activation"
