@@ -170,3 +170,8 @@ def test_measurements_ship_in_the_documented_form():
             assert measured["product"] in dispatch.PRODUCTS
             assert min(measured["triton_us"], measured["cublas_us"]) > 0
             assert hasattr(torch, measured["dtype"]) and {"T", "d", "m", "r"} <= set(measured)
+
+
+def test_explain_tells_what_a_compiled_model_does():
+    assert "torch.compile traces plain operations" in ops.explain(*operands())
+    assert "torch.compile" not in ops.explain(*operands(), dropout=0.5)

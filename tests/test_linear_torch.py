@@ -57,8 +57,17 @@ def test_opcheck(dtype, grad):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_graph_breaks(dynamic):
+@pytest.mark.parametrize("backend", ["auto", "cublas"])
+def test_compiled_without_graph_breaks(monkeypatch, backend, dynamic):
+    """Plain operations traced, and the custom operations as a whole, as on CUDA."""
+    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", backend)
+    monkeypatch.setenv("LORA_NULL_STRICT", "1")
     torch._dynamo.reset()
+    nodes = []
+
+    def compiler(graph, inputs):
+        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def block(x, weight, lora_A, lora_B, bias):
         y, S = ops.lora_linear_and_projection(x, weight, lora_A, lora_B, scaling=0.7, bias=bias)
@@ -66,10 +75,13 @@ def test_compiled_without_graph_breaks(dynamic):
         (P,) = ops.lora_project(x, lora_A)
         return ops.lora_linear(y + z, weight.t(), lora_B.t(), lora_A.t(), scaling=0.3) * P.sum()
 
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(block, fullgraph=True, backend=compiler, dynamic=dynamic)
     for lead in ((2, 9), (5,), (3, 4)) if dynamic else ((2, 9),):
         tensors = case(torch.float64, lead=lead)
         assert_same(gradients(compiled, tensors), gradients(block, tensors), rtol=1e-9, atol=1e-9)
+    opaque = {name for name in nodes if "lora_null" in name}
+    names = {"lora_linear", "lora_up_linear", "lora_project"} if backend == "cublas" else set()
+    assert opaque == {f"lora_null.{name}.default" for name in names}
 
 
 def test_compiled_dropout_draws_anew():

@@ -7,7 +7,8 @@
 
 Forward and backward are ``torch.library`` custom operations without in-place effects. ``needs_input_grad`` decides
 what is saved and computed: with A and W frozen, S ``(T, r)`` is kept and x is not. The products themselves come
-from the backend that :mod:`lora_null.ops.dispatch` names.
+from the backend that :mod:`lora_null.ops.dispatch` names. A compiler gets plain operations to trace where
+:func:`lora_null.ops.dispatch.traced_plainly` says so.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def lora_linear(
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout=dropout, seed=seed)
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check(x, weight, bias, lora_A=lora_A, lora_B=lora_B)
+    if dispatch.traced_plainly(x, dropout):
+        return reference.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias)
     seed = _seed(dropout, seed)
     return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, None, float(scaling), dropout, seed)[0]
 
@@ -88,6 +91,10 @@ def lora_linear_and_projection(
         )
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check(x, weight, bias, mixing, lora_A=lora_A, lora_B=lora_B)
+    if dispatch.traced_plainly(x, 0.0):
+        return reference.lora_linear_and_projection(
+            x, weight, lora_A, lora_B, scaling=scaling, bias=bias, mixing=mixing
+        )
     return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, mixing, float(scaling), 0.0, None)
 
 
@@ -123,6 +130,8 @@ def lora_up_linear(
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     projected = projected.to(x.dtype)
     _check(x, weight, bias, mixing, projected=projected, lora_B=lora_B)
+    if dispatch.traced_plainly(x, 0.0):
+        return reference.lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing)
     return _linear_ops.lora_up_linear(x, weight, projected, lora_B, bias, mixing, float(scaling))
 
 
@@ -148,6 +157,8 @@ def lora_project(
     x = _cast_for_autocast(x)[0]
     for lora_A in lora_As:
         _check(x, lora_A=lora_A)
+    if dispatch.traced_plainly(x, dropout):
+        return reference.lora_project(x, *lora_As)
     return tuple(_linear_ops.lora_project(x, list(lora_As), dropout, _seed(dropout, seed)))
 
 
