@@ -104,6 +104,9 @@ class ProjectionGroup:
 
     def forward(self, layer: LoraNullLinear, x: Tensor) -> Tensor | None:
         """Apply ``layer`` to ``x (..., d)`` through the shared projection; ``None`` if this call cannot share."""
+        if is_observed(x):
+            # Before anything else: a condition on sizes would bind a graph of dynamic shapes to those that fulfil it.
+            return None
         first, lora_A, lora_B = self._factors[0](), layer.lora_A.weight, layer.lora_B.weight
         if first is None or not self._may_share(layer, x, first, lora_A, lora_B):
             return None
@@ -135,9 +138,7 @@ class ProjectionGroup:
 
     def _may_share(self, layer: LoraNullLinear, x: Tensor, first: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         return (
-            # first, because a condition on sizes binds a graph of dynamic shapes to those that fulfil it
-            not is_observed(x)
-            and type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
+            type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
             and not (lora_A.requires_grad or first.requires_grad)
             and any(ref() is lora_A for ref in self._factors)
             # a checkpointed block must do the same in its recomputation as it did at first
