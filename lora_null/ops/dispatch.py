@@ -44,6 +44,7 @@ _MASKED = ("project", "backward_dx", "backward_dA")
 
 _TRACED = "; torch.compile traces plain operations"
 
+
 @dataclass(frozen=True)
 class Plan:
     """The implementation of each product for one shape.
