@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ._adapter_files import OWN_CONFIG, read_json
 from ._logging import warn_once
 from ._peft_fused import FusedKernels, FusedLoraLinear, use_fused_kernels
+from ._peft_saving import INITIAL, record_adapter
 from ._quantised import allow_gradients
 from ._weights import (
     fingerprint,
@@ -51,9 +52,6 @@ __all__ = [
     "use_fused_kernels",
 ]
 
-# Where a layer keeps (A0, B0) of a shifted base, by adapter name.
-_INITIAL = "_lora_null_initial"
-
 
 def initialize_lora_null_weights(
     peft_model: PeftModel,
@@ -70,7 +68,8 @@ def initialize_lora_null_weights(
     With ``freeze_a`` the base is untouched, ``lora_A`` is the null-space factor and stays frozen through
     ``set_adapter`` and ``disable_adapter``, and ``lora_B`` is zero: an exact no-op, on a quantised base too.
     Otherwise the base weights are shifted in place: ``disable_adapter`` and further adapters then see the shifted
-    base, and the adapter must be saved with :func:`save_adapter`, not with ``save_pretrained``.
+    base. What is saved fits the untouched base in both modes, by :func:`save_adapter` as by PEFT's
+    ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
 
     Args:
         peft_model: From ``get_peft_model`` with a ``LoraConfig``; ranks may differ between layers.
@@ -119,12 +118,12 @@ def initialize_lora_null_weights(
         warn_once(
             "shifted-peft-base",
             "The base weights were shifted by the initial adapters: disable_adapter() and other adapters on this model "
-            "now see the shifted base. Save with lora_null.peft.save_adapter, which writes an adapter for the "
+            "now see the shifted base. save_pretrained and lora_null.peft.save_adapter write this adapter for the "
             "untouched base.",
         )
     peft_config = _lora_config(peft_model, adapter_name)
     config = LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=freeze_a, seed=seed)
-    set_state(peft_model, AdapterState(config, base, energies))
+    _remember(peft_model, adapter_name, AdapterState(config, base, energies))
     return peft_model
 
 
@@ -149,7 +148,8 @@ def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name:
             freeze_lora_A(peft_model, adapter_name)
         # On disk the adapter is relative to the untouched base, whatever it was trained on.
         config = replace(config, r=_lora_config(peft_model, adapter_name).r)
-        set_state(peft_model, AdapterState(config, own.get("base_fingerprint"), own.get("energies", {})))
+        state = AdapterState(config, own.get("base_fingerprint"), own.get("energies", {}))
+        _remember(peft_model, adapter_name, state)
     return peft_model
 
 
@@ -173,7 +173,7 @@ def save_adapter(
             layer.lora_A[adapter_name].weight,
             layer.lora_B[adapter_name].weight,
             layer.scaling[adapter_name],
-            getattr(layer, _INITIAL, {}).get(adapter_name),
+            getattr(layer, INITIAL, {}).get(adapter_name),
         )
         for name, layer in layers.items()
     }
@@ -194,7 +194,7 @@ def save_adapter(
         factors,
         target_modules=short_names(_base_names(peft_model), factors),
         base_model_name_or_path=published_name(base),
-        own=state.to_dict(stacked=any(_INITIAL in layer.__dict__ for layer in layers.values())),
+        own=state.to_dict(stacked=any(INITIAL in layer.__dict__ for layer in layers.values())),
         dtype=dtype,
         overwrite=overwrite,
     )
@@ -215,6 +215,11 @@ def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[st
             "from peft.get_peft_model(model, LoraConfig(...)); for a plain model use lora_null.initialize."
         )
     return layers
+
+
+def _remember(peft_model: PeftModel, adapter_name: str, state: AdapterState) -> None:
+    set_state(peft_model, state)
+    record_adapter(peft_model, adapter_name, state, lora_layers(peft_model, adapter_name))
 
 
 def _lora_config(peft_model: PeftModel, adapter_name: str) -> Any:
@@ -244,7 +249,7 @@ def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: 
             f"{name} is {type(layer).__name__} on {type(base).__name__}; expected LoRA on a linear layer. Leave it out "
             "of the LoraConfig's target_modules."
         )
-    if layer.merged or getattr(layer, _INITIAL, {}):
+    if layer.merged or getattr(layer, INITIAL, {}):
         state = "has its adapter merged" if layer.merged else "was initialised with freeze_a=False before"
         raise ValueError(
             f"{name} {state}, so that its base weight is not the pre-trained one. Unmerge it (unmerge_adapter()), or "
@@ -273,7 +278,7 @@ def _initialize_layer(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_
     # The values as stored: a bf16 adapter rounds, and the shift must undo exactly what it adds.
     stored_A, stored_B = (part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
     shift_base(base, stored_A, stored_B, -layer.scaling[adapter_name])
-    setattr(layer, _INITIAL, {**getattr(layer, _INITIAL, {}), adapter_name: (stored_A, stored_B)})
+    setattr(layer, INITIAL, {**getattr(layer, INITIAL, {}), adapter_name: (stored_A, stored_B)})
 
 
 def _freeze(layer: Any, adapter_name: str) -> None:
