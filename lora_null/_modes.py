@@ -13,15 +13,15 @@ from ._quantised import layout_kept
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and gradients for the length of the block.
+    """Switch off dropout, gradients and compiled programs for the length of the block.
 
-    Each module's own ``training`` flag comes back, not one for the whole model: a frozen part that was in eval
-    mode stays so.
+    Traced into a program, the hooks that watch layers would have it compiled again for each of them. Each module's
+    own ``training`` flag comes back, not one for the whole model: a frozen part that was in eval mode stays so.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), layout_kept(model):
+        with torch.no_grad(), layout_kept(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, training in flags:

@@ -45,6 +45,13 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def uncompiled(model: Any) -> Any:
+    """Return the model inside torch.compile, whose modules have the names that covariances and adapters know."""
+    while "_orig_mod" in model._modules:
+        model = model._orig_mod
+    return model
+
+
 def plain_name(name: str) -> str:
     """Return the name that a module has in the model before it was wrapped."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -34,6 +34,7 @@ from ._weights import (
     require_finite,
     require_writable,
     shared_weights,
+    uncompiled,
     unwrapped,
 )
 from .config import LoraNullConfig
@@ -172,7 +173,7 @@ def load_adapter(
         FileNotFoundError: ``path`` is not an adapter folder.
         ValueError: A file is damaged or foreign, or the adapter belongs to another model.
     """
-    folder = Path(path)
+    wrapper, base_model, folder = base_model, uncompiled(base_model), Path(path)
     files = read_adapter(folder)
     factors, own = files.factors, files.own
     linears = _matching_linears(base_model, factors, folder)
@@ -220,7 +221,7 @@ def load_adapter(
         linear.lora_B.requires_grad_(is_trainable)
     share_projections(base_model)
     set_state(base_model, AdapterState(config, base, own.get("energies", {})))
-    return base_model
+    return wrapper
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from ._memory_plan import MemoryPlan, observe, plan_streaming
 from ._modes import evaluating, input_device
 from ._passes import Job
 from ._runs import Settings, plan_walk, run_function, run_layerwise, run_streaming, wants_queue
-from ._weights import fingerprint, is_distributed
+from ._weights import fingerprint, is_distributed, uncompiled
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, is_shared_out, require_lockstep, share_of
@@ -60,7 +60,7 @@ def calibrate(
 
     Args:
         model: A Hugging Face causal LM or any ``nn.Module``; in any dtype, on any devices, offloaded by accelerate or
-            not.
+            not. If it is compiled it runs as it was before.
         batches: A list, DataLoader or iterator of batches; a batch is token ids ``(B, L)`` or ``(L,)``, a mapping
             with ``input_ids`` and perhaps ``attention_mask`` and ``labels``, or a tuple in the order of the model's
             arguments. One tensor or mapping is cut into batches of about ``queue_tokens`` tokens. Or a
@@ -103,7 +103,7 @@ def calibrate(
         IsADirectoryError: ``checkpoint`` is a folder.
         RuntimeError: Another process failed.
     """
-    config = config or LoraNullConfig()
+    model, config = uncompiled(model), config or LoraNullConfig()
     _check_options(offload, checkpoint_every, queue_tokens)
     if checkpoint is not None:
         check_checkpoint(Path(checkpoint))
@@ -184,7 +184,7 @@ def memory_plan(
     Returns:
         The plan; ``str(plan)`` is a table, ``plan.total(device)`` the bytes on one device.
     """
-    config = config or LoraNullConfig()
+    model, config = uncompiled(model), config or LoraNullConfig()
     linears = target_linears(model, config.target_modules)
     reader = BatchReader(model, "none", needs_head=bool(output_head_names(model) & set(linears)))
     placement = _placement(device, None if low_memory else offload, queue_tokens, accumulate)
@@ -253,8 +253,7 @@ def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear]) -> None
     if not result:
         raise ValueError(
             "No token was counted for any target layer. Expected batches with tokens that the mask keeps "
-            "(attention_mask != 0, labels != -100), and a model whose target layers are called: hooks do not see "
-            "layers inside a compiled graph, so calibrate before torch.compile."
+            "(attention_mask != 0, labels != -100), and a model whose target layers are called."
         )
     missing = [name for name in linears if name not in result]
     if missing:

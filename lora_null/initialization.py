@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from ._logging import logger
-from ._weights import fingerprint, materialized, refuse_sharded, require_writable, shared_weights
+from ._weights import fingerprint, materialized, refuse_sharded, require_writable, shared_weights, uncompiled
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, divide, gather
@@ -99,7 +99,8 @@ def initialize(
     eigenproblems, and each attaches the same adapters.
 
     Args:
-        model: The pre-trained model, with its weights on any device, offloaded or (frozen A) quantised.
+        model: The pre-trained model, with its weights on any device, offloaded or (frozen A) quantised;
+            compiled or not.
         covariances: From :func:`lora_null.calibrate` on the same model.
         config: Rank, scaling, mode and layers; the default is ``LoraNullConfig()``.
         method: Passed to :func:`lora_null.null_space`.
@@ -113,7 +114,7 @@ def initialize(
         ValueError: The covariances do not cover or do not fit the model, the rank is too large, or the model
             carries adapters already or is sharded already.
     """
-    config = config or LoraNullConfig()
+    wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
     linears = target_linears(model, config.target_modules)
     with announcing_failure():
         _check(model, linears, covariances, config)
@@ -135,7 +136,7 @@ def initialize(
             "shifted base. Use lora_null.save_adapter, or lora_null.merge first."
         )
     set_state(model, AdapterState(config, base_fingerprint, energies))
-    return model
+    return wrapper
 
 
 def solve(

@@ -18,7 +18,10 @@ from .linear import relative_error, worst_ratio
 
 @dataclass
 class Inputs:
-    """The shared frozen model, a batch ``(b, T / b)``, adapters, and a small twin on which providers are checked."""
+    """The shared frozen model, a batch ``(b, T / b)``, adapters, and the model on which providers are checked.
+
+    That is the timed model itself where its fp64 form fits, else a twin of one layer.
+    """
 
     model: nn.Module
     tokens: Tensor
@@ -65,16 +68,18 @@ class TrainingStep(Question):
         )
 
     def setup(self, case, device):
-        """Random weights and tokens. Outputs are checked on a twin of one layer, whose fp64 form fits anywhere."""
+        """Random weights and tokens. A model of several layers is checked on a twin of one, whose fp64 form fits."""
         shape, dtype = shapes()[case["model"]], limits.DTYPES[case["dtype"]]
         model = models.random_model(shape, layers=case["layers"], vocab_size=case["vocab"], dtype=dtype, device=device)
-        small = models.random_model(shape, layers=1, vocab_size=256, dtype=dtype, device=device)
         adapters = models.random_adapters(shape, r=case["r"], dtype=dtype, device=device)
         # A trained adapter is small beside the base.
         adapters = {name: (A, B * 0.1) for name, (A, B) in adapters.items()}
         generator = torch.Generator(device).manual_seed(3)
         tokens = torch.randint(case["vocab"], (case["batch"], case["sequence"]), generator=generator, device=device)
-        small_tokens = torch.randint(256, (1, 64), generator=generator, device=device)
+        small, small_tokens = model, tokens
+        if case["layers"] > 1:
+            small = models.random_model(shape, layers=1, vocab_size=256, dtype=dtype, device=device)
+            small_tokens = torch.randint(256, (1, 64), generator=generator, device=device)
         inputs = Inputs(model, tokens, adapters, small, small_tokens, {}, {})
         own = _Adapted(small, adapters, layers.attach_plain, case).gradients(small_tokens)
         wide = {name: (A.double(), B.double()) for name, (A, B) in adapters.items()}
@@ -84,7 +89,7 @@ class TrainingStep(Question):
         return inputs
 
     def verify(self, case, inputs, output):
-        """Gradients of every ``lora_B`` of the twin at most twice as far from the truth as plain torch's."""
+        """Gradients of every ``lora_B`` of a layer at most twice as far from the truth as plain torch's."""
         return Verdict(worst_ratio(output, inputs.truth, inputs.torch_error), 2.0, "worst error over torch's own")
 
     def work(self, case, mode):
@@ -142,7 +147,9 @@ def _build(name: str, attach):
         options = {"compiled": name.endswith("compiled"), "liger": "Liger" in name}
 
         def output():
-            # The compiled form of the twin would be another program; its mathematics is PEFT's.
+            if inputs.small is inputs.model:
+                return it.gradients(inputs.tokens)
+            # The compiled form of the twin would be another program than the one that is timed.
             twin = _Adapted(inputs.small, inputs.adapters, attach, case, liger=options["liger"])
             return twin.gradients(inputs.small_tokens)
 
