@@ -1,6 +1,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "covariance.h"
+#include "linear.h"
 #include "null_space.h"
 
 namespace {
@@ -40,11 +41,13 @@ py::tuple filtered(const at::Tensor& C, int64_t r, double tol, int64_t oversampl
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "Compiled part of lora_null; use lora_null.null_space and lora_null.ops.covariance_update.";
+  module.doc() = "Compiled part of lora_null; use lora_null.null_space and lora_null.ops.";
   module.def("exact", &exact, py::arg("C"), py::arg("r"));
   module.def("filtered", &filtered, py::arg("C"), py::arg("r"), py::arg("tol"), py::arg("oversample"),
              py::arg("max_cycles"), py::arg("seed"), py::arg("patient"));
   module.def("covariance_update", &lora_null::covariance_update, py::arg("C"), py::arg("x"),
              py::call_guard<py::gil_scoped_release>());
   module.def("multiplies_bf16", &lora_null::multiplies_bf16);
+  module.def("lora_linear", &lora_null::lora_linear, py::call_guard<py::gil_scoped_release>());
+  module.def("lora_up_linear", &lora_null::lora_up_linear, py::call_guard<py::gil_scoped_release>());
 }

@@ -112,18 +112,25 @@ def _outdated(module: ModuleType) -> bool:
     return any(path.stat().st_mtime > built.stat().st_mtime for path in folder.iterdir() if path.suffix in _SUFFIXES)
 
 
-def _load() -> ModuleType | None:
+def _built_ahead() -> ModuleType | None:
     if os.environ.get("LORA_NULL_NO_EXTENSION") == "1":
         return None
     try:
         module = importlib.import_module("lora_null._C")
         if not _outdated(module):
             return module
-        logger.info("lora_null._C is older than its sources in this checkout; building them")
+        logger.info("lora_null._C is older than its sources in this checkout; it is not used")
     except ImportError as error:
         # Missing is the ordinary case of an isolated install; a binary of another torch fails with undefined
-        # symbols. Both end in a build for this torch.
-        logger.debug("lora_null._C cannot be imported (%s); building it", error)
+        # symbols. Both end in a build for this torch where something asks for one.
+        logger.debug("lora_null._C cannot be imported (%s)", error)
+    return None
+
+
+def _load() -> ModuleType | None:
+    module = ready()
+    if module is not None or os.environ.get("LORA_NULL_NO_EXTENSION") == "1":
+        return module
     try:
         return build()
     except Exception as error:  # any failure of a compiler must leave a working package
@@ -144,3 +151,17 @@ def load() -> ModuleType | None:
     if "module" not in _loaded:
         _loaded["module"] = _load()
     return _loaded["module"]
+
+
+def ready() -> ModuleType | None:
+    """Return the compiled module if that takes no compiler: built ahead of time, or loaded already.
+
+    For code that works without it and shall not wait a minute for it.
+    """
+    try:
+        return _loaded["module"]
+    except KeyError:
+        pass
+    if "ahead" not in _loaded:
+        _loaded["ahead"] = _built_ahead()
+    return _loaded["ahead"]

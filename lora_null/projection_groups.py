@@ -138,12 +138,12 @@ class ProjectionGroup:
 
     def _may_share(self, layer: LoraNullLinear, x: Tensor, first: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
         return (
-            type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
+            self.pays(x)
+            and type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
             and not (lora_A.requires_grad or first.requires_grad)
             and any(ref() is lora_A for ref in self._factors)
             # a checkpointed block must do the same in its recomputation as it did at first
             and (self._refreshes < _MAX_REFRESHES or _saved_tensor_hooks() is not None)
-            and self.pays(x)
             and not x.is_inference()  # has no version, so that a change in place would go unnoticed
             and requested_backend() != "torch"
             and reason_against(x, layer.weight, first, lora_A, lora_B, layer.bias) is None

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_null import ops
+from lora_null import _extension, ops
 
 # Matrices this small are slower on two threads, and much slower beside another process.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
-BACKENDS = ("cublas", "torch")
+BACKENDS = ("cublas", "python", "torch")  # python: cublas without the C++ extension
 
 
 def case(lead, d, m, r, dtype, *, factor_dtype=None, seed=0, grad=NAMES):
@@ -60,7 +60,9 @@ def assert_as_good_as_torch(got, own, truth, slack):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", request.param)
+    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", request.param.replace("python", "cublas"))
+    if request.param == "python":
+        monkeypatch.setattr(_extension, "ready", lambda: None)
     return request.param
 
 

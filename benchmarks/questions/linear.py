@@ -60,7 +60,8 @@ class Linear(Question):
     seconds = 3.0
 
     def cases(self, device, full):
-        """LLaMA layers; on a GPU those of Llama-3-8B and the width of Llama-3.2-1B."""
+        """LLaMA layers; on a GPU those of Llama-3-8B and the width of Llama-3.2-1B; one that only shows the overhead."""
+        tiny = self._case(4, 64, 64, 8, "fp32", "fp32", False)
         if device == "cuda":
             sizes = [(4096, 4096, 16), (2048, 2048, 16), (14336, 4096, 16), (4096, 4096, 128)]
             cases = [self._case(8192, m, d, r, "bf16", "bf16", False) for m, d, r in sizes]
@@ -73,7 +74,7 @@ class Linear(Question):
                     for train_a in (False, True) for r in (16, 64, 128) for m, d in every
                 ]  # fmt: skip
                 cases += [case for case in wanted if case not in cases]
-            return cases
+            return [*cases, tiny]
         cases = [
             self._case(2048, 2048, 2048, 128, "fp32", "fp32", False),
             self._case(2048, 2048, 2048, 128, "bf16", "bf16", False),
@@ -85,7 +86,7 @@ class Linear(Question):
                 self._case(2048, 4096, 4096, 128, "fp32", "fp32", False),
                 self._case(2048, 2048, 2048, 128, "bf16", "fp32", False),
             ]
-        return cases
+        return [*cases, tiny]
 
     @staticmethod
     def _case(T: int, m: int, d: int, r: int, dtype: str, adapter: str, train_a: bool) -> Case:

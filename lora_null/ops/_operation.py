@@ -1,4 +1,4 @@
-"""A differentiable operation with two entrances: a custom operation for tracers, a plain Function for eager code."""
+"""A differentiable operation with an entrance for tracers, and faster ones for eager code."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Operation:
         setup: ``setup(ctx, inputs, output)`` saves what the gradient needs.
         gradient: ``gradient(ctx, *grads)`` returns one entry per input. Without it the operation is itself a
             backward, and asking for its gradient raises.
+        compiled: ``compiled(*args)`` returns what C++ made of these arguments, or None where it cannot take them.
         tensor_lists: Whether arguments or results hold lists of tensors, which a Function cannot differentiate.
     """
 
@@ -37,12 +38,14 @@ class Operation:
         *,
         setup: Callable | None = None,
         gradient: Callable | None = None,
+        compiled: Callable | None = None,
         tensor_lists: bool = False,
     ):
         self.body = _isolated(body)
         self.op = torch.library.custom_op(name, self.body, mutates_args=(), schema=schema)
         self.op.register_fake(fake)
         self.op.register_autograd(gradient or _second_derivative, setup_context=setup)
+        self.compiled = compiled
         self.function: Any = None
         if gradient is not None and setup is not None and not tensor_lists:
             self.function = _function(name, self.body, setup, gradient)
@@ -51,6 +54,8 @@ class Operation:
         """Run on positional arguments, the first of them a tensor or a list of tensors."""
         if is_observed(args[0]):
             return self.op(*args)
+        if self.compiled is not None and (output := self.compiled(*args)) is not None:
+            return output
         if not torch.is_grad_enabled():
             return self.body(*args)
         return self.function.apply(*args) if self.function is not None else self.op(*args)

@@ -36,11 +36,10 @@ def backward_dy(
     dS = dB = None
     if need_dS:
         assert lora_B is not None
-        # beta = 0 ignores the uninitialised operand; alpha applies the scaling before the only rounding.
-        dS = dy.new_empty(dy.shape[0], lora_B.shape[1]).addmm_(dy, lora_B.to(dy.dtype), beta=0, alpha=scaling)
+        dS = _scaled_mm(dy, lora_B.to(dy.dtype), scaling)
     if need_dB:
         assert projected is not None
-        dB = _mm_fp32(dy.t(), projected).mul_(scaling)
+        dB = _mm_fp32(dy.t(), projected, scaling)
     return dS, dB
 
 
@@ -60,8 +59,13 @@ def backward_dA(dS: Tensor, x: Tensor, *, dropout: float = 0.0, seed: int = 0) -
     return _mm_fp32(dS.t(), x)
 
 
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    # beta = 0 ignores the uninitialised operand; alpha scales before the only rounding.
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
+
+
+def _mm_fp32(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """Multiply with an fp32 result where the vendor library offers one; gradients of fp32 factors deserve it."""
     if a.is_cuda and torch.version.cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
+        return torch.mm(a, b, out_dtype=torch.float32).mul_(alpha)
+    return _scaled_mm(a, b, alpha)

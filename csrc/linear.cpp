@@ -1,0 +1,220 @@
+#include "linear.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace lora_null {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Keeps autograd and autocast out: dtypes are chosen already, and a backward may run under autocast.
+struct Isolated {
+  at::AutoDispatchBelowAutograd below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+at::IntArrayRef lead(const Tensor& x) { return x.sizes().slice(0, x.dim() - 1); }
+
+Tensor rows(const Tensor& x) {
+  return x.dim() == 2 ? x : x.reshape({c10::multiply_integers(lead(x)), x.size(-1)});
+}
+
+// Not a view to autograd, so that callers may write into it.
+Tensor unrows(const Tensor& matrix, at::IntArrayRef leading) {
+  if (leading.size() == 1) return matrix;
+  auto shape = leading.vec();
+  shape.push_back(matrix.size(1));
+  return at::_unsafe_view(matrix, shape);
+}
+
+// beta = 0 ignores the uninitialised operand; alpha scales before the only rounding.
+Tensor scaled_mm(const Tensor& a, const Tensor& b, double alpha) {
+  return a.new_empty({a.size(0), b.size(1)}).addmm_(a, b, 0, alpha);
+}
+
+// An fp32 result where the vendor offers one: gradients of fp32 factors deserve it.
+Tensor mm_fp32(const Tensor& a, const Tensor& b, double alpha) {
+  const auto dtype = a.scalar_type();
+  const bool narrow = dtype == at::kBFloat16 || dtype == at::kHalf;
+  if (narrow && a.is_cuda() && !at::Context::hasROCM()) return at::mm(a, b, at::kFloat).mul_(alpha);
+  return scaled_mm(a, b, alpha);
+}
+
+Tensor folded(const Tensor& lora_B, const Tensor& mixing) {
+  return mixing.defined() ? at::mm(lora_B.to(mixing.scalar_type()), mixing) : lora_B;
+}
+
+Tensor up(const Tensor& x, const Tensor& weight, const Tensor& S, const Tensor& lora_B, const OptionalTensor& bias,
+          const OptionalTensor& mixing, double scaling) {
+  const Tensor B = folded(lora_B, mixing.value_or(Tensor())).to(x.scalar_type());
+  return at::linear(x, weight, bias).addmm_(S, B.t(), 1, scaling);
+}
+
+// dS = s dy B M
+Tensor gradient_of_S(const Tensor& dy, const Tensor& lora_B, const Tensor& mixing, double scaling) {
+  return scaled_mm(dy, folded(lora_B, mixing).to(dy.scalar_type()), scaling);
+}
+
+// dB = s dy^T S M^T
+Tensor gradient_of_B(const Tensor& dy, const Tensor& S, const Tensor& mixing, double scaling) {
+  const Tensor dB = mm_fp32(dy.t(), S, scaling);
+  return mixing.defined() ? at::mm(dB.to(mixing.scalar_type()), mixing.t()) : dB;
+}
+
+// Behind gradients that were asked for with create_graph=True: only their own gradient raises.
+struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
+  static variable_list forward(AutogradContext*, const variable_list* found, at::TensorList) { return *found; }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "lora_null's linear operations are differentiable once, and a second derivative was asked for "
+                "(create_graph=True, or a Hessian). Set LORA_NULL_LINEAR_BACKEND=torch, or call "
+                "lora_null.ops.reference.");
+  }
+};
+
+variable_list once(variable_list found, const variable_list& saved, const variable_list& given) {
+  if (!at::GradMode::is_enabled()) return found;
+  variable_list origins;
+  for (const auto* list : {&saved, &given}) {
+    for (const Tensor& tensor : *list) {
+      if (tensor.defined()) origins.push_back(tensor);
+    }
+  }
+  variable_list defined;
+  for (const Tensor& tensor : found) {
+    if (tensor.defined()) defined.push_back(tensor);
+  }
+  auto guarded = OnceDifferentiable::apply(&defined, at::TensorList(origins));
+  size_t next = 0;
+  for (Tensor& tensor : found) {
+    if (tensor.defined()) tensor = guarded[next++];
+  }
+  return found;
+}
+
+std::pair<Tensor, Tensor> project_and_apply(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                       const OptionalTensor& bias, const OptionalTensor& mixing, double scaling) {
+  Isolated guard;
+  const Tensor flat = rows(x), S = at::mm(flat, lora_A.to(x.scalar_type()).t());
+  return {unrows(up(flat, weight, S, lora_B, bias, mixing, scaling), lead(x)), unrows(S, lead(x))};
+}
+
+Tensor apply_projected(const Tensor& x, const Tensor& weight, const Tensor& projected, const Tensor& lora_B,
+                       const OptionalTensor& bias, const OptionalTensor& mixing, double scaling) {
+  Isolated guard;
+  return unrows(up(rows(x), weight, rows(projected), lora_B, bias, mixing, scaling), lead(x));
+}
+
+bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+
+struct LoraLinear : torch::autograd::Function<LoraLinear> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+                               const Tensor& lora_B, const OptionalTensor& bias, const OptionalTensor& mixing,
+                               double scaling) {
+    const auto [y, S] = project_and_apply(x, weight, lora_A, lora_B, bias, mixing, scaling);
+    const bool need_x = x.requires_grad(), need_A = lora_A.requires_grad();
+    ctx->save_for_backward({need_A ? x : Tensor(), need_x ? weight : Tensor(), need_x ? lora_A : Tensor(),
+                            need_x || need_A ? lora_B : Tensor(), lora_B.requires_grad() ? S : Tensor(),
+                            mixing.value_or(Tensor())});
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["m"] = weight.size(0);
+    ctx->saved_data["bias"] = requires_grad(bias);
+    ctx->set_materialize_grads(false);
+    return {y, S};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+    const variable_list saved = ctx->get_saved_variables();
+    variable_list found(7);  // of x, weight, lora_A, lora_B, bias, mixing, scaling
+    if (given[0].defined() || given[1].defined()) compute(ctx, saved, given, found);
+    return once(std::move(found), saved, given);
+  }
+
+  static void compute(AutogradContext* ctx, const variable_list& saved, const variable_list& given,
+                      variable_list& found) {
+    Isolated guard;
+    const Tensor &x = saved[0], &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3], &S = saved[4],
+                 &mixing = saved[5];
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    const auto leading = lead(given[0].defined() ? given[0] : given[1]);
+    const Tensor dy = given[0].defined()
+                          ? rows(given[0])
+                          : given[1].new_zeros({c10::multiply_integers(leading), ctx->saved_data["m"].toInt()});
+    if (lora_B.defined()) {
+      Tensor dS = gradient_of_S(dy, lora_B, mixing, scaling);
+      if (given[1].defined()) dS.add_(rows(given[1]));
+      if (weight.defined()) {
+        found[0] = unrows(at::mm(dy, weight).addmm_(dS, lora_A.to(dS.scalar_type())), leading);
+      }
+      if (x.defined()) found[2] = mm_fp32(dS.t(), rows(x), 1);
+    }
+    if (S.defined()) found[3] = gradient_of_B(dy, rows(S), mixing, scaling);
+    if (ctx->saved_data["bias"].toBool()) found[4] = dy.sum(0);
+  }
+};
+
+struct LoraUpLinear : torch::autograd::Function<LoraUpLinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& projected,
+                        const Tensor& lora_B, const OptionalTensor& bias, const OptionalTensor& mixing,
+                        double scaling) {
+    ctx->save_for_backward({x.requires_grad() ? weight : Tensor(), lora_B.requires_grad() ? projected : Tensor(),
+                            projected.requires_grad() ? lora_B : Tensor(), mixing.value_or(Tensor())});
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["bias"] = requires_grad(bias);
+    ctx->set_materialize_grads(false);
+    return apply_projected(x, weight, projected, lora_B, bias, mixing, scaling);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+    const variable_list saved = ctx->get_saved_variables();
+    variable_list found(7);  // of x, weight, projected, lora_B, bias, mixing, scaling
+    if (given[0].defined()) compute(ctx, saved, given[0], found);
+    return once(std::move(found), saved, given);
+  }
+
+  static void compute(AutogradContext* ctx, const variable_list& saved, const Tensor& given, variable_list& found) {
+    Isolated guard;
+    const Tensor &weight = saved[0], &projected = saved[1], &lora_B = saved[2], &mixing = saved[3];
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    const Tensor dy = rows(given);
+    if (weight.defined()) found[0] = unrows(at::mm(dy, weight), lead(given));
+    if (lora_B.defined()) found[2] = unrows(gradient_of_S(dy, lora_B, mixing, scaling), lead(given));
+    if (projected.defined()) found[3] = gradient_of_B(dy, rows(projected), mixing, scaling);
+    if (ctx->saved_data["bias"].toBool()) found[4] = dy.sum(0);
+  }
+};
+
+template <typename... Tensors>
+bool tracked(const OptionalTensor& bias, const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (requires_grad(bias) || (tensors.requires_grad() || ...));
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                      const OptionalTensor& bias, const OptionalTensor& mixing, double scaling) {
+  if (!tracked(bias, x, lora_A, lora_B)) {
+    return project_and_apply(x, weight, lora_A, lora_B, bias, mixing, scaling);
+  }
+  const auto outputs = LoraLinear::apply(x, weight, lora_A, lora_B, bias, mixing, scaling);
+  return {outputs[0], outputs[1]};
+}
+
+Tensor lora_up_linear(const Tensor& x, const Tensor& weight, const Tensor& projected, const Tensor& lora_B,
+                      const OptionalTensor& bias, const OptionalTensor& mixing, double scaling) {
+  if (!tracked(bias, x, projected, lora_B)) {
+    return apply_projected(x, weight, projected, lora_B, bias, mixing, scaling);
+  }
+  return LoraUpLinear::apply(x, weight, projected, lora_B, bias, mixing, scaling);
+}
+
+}  // namespace lora_null
