@@ -25,6 +25,7 @@ from ._adapter_files import (
     tensor_names,
     write_json,
 )
+from ._logging import logger
 from ._weights import (
     fingerprint,
     home_of,
@@ -82,6 +83,15 @@ def save_adapter(
     layers = _require_layers(model)
     factors = {plain_name(name): layer.low_rank_delta() for name, layer in layers.items()}
     some = next(iter(layers.values()))
+    adapted = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
+    if others:
+        logger.warning(
+            "%d parameters outside the adapters require gradients, for instance %s; what they learned is not in the "
+            "adapter that is saved.",
+            len(others),
+            others[0],
+        )
     state = get_state(model) or AdapterState(LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r))
     # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
     names = [plain_name(name) for name, _ in model.named_modules()]
@@ -91,6 +101,7 @@ def save_adapter(
         factors,
         target_modules=short_names(names, factors),
         base_model_name_or_path=base_model_name_or_path or published_name(_base_name(model)),
+        task_type=_task_type(model),
         own=state.to_dict(stacked=some.shifted),
         dtype=dtype,
         overwrite=overwrite,
@@ -104,12 +115,13 @@ def write_adapter(
     *,
     target_modules: Iterable[str],
     base_model_name_or_path: str | None,
+    task_type: str | None,
     own: dict,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write factors and both configurations to the folder ``path``, atomically."""
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig
 
     ranks = {lora_A.shape[0] for lora_A, _ in factors.values()}
     r = max(ranks)
@@ -132,7 +144,7 @@ def write_adapter(
         lora_dropout=0.0,
         bias="none",
         init_lora_weights=True,
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_type,
         base_model_name_or_path=base_model_name_or_path,
         inference_mode=True,
     ).to_dict()
@@ -286,6 +298,12 @@ def _require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
             "or lora_null.load_adapter; for a PeftModel use lora_null.peft."
         )
     return layers
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """Return PEFT's name for the kind of model; without one, PEFT takes any and adds nothing to it."""
+    decoder = hasattr(model, "prepare_inputs_for_generation") and not getattr(model.config, "is_encoder_decoder", False)
+    return "CAUSAL_LM" if decoder else None
 
 
 def _base_name(model: nn.Module) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,8 @@ def calibrate(
             if sharded:
                 require_lockstep(total)
             sums = run_layerwise(job, source, settings) if low_memory else run_streaming(job, source, total, settings)
-    provenance = {**_provenance(model, linears, config), **options, "data": sums.data}
+    called = {name for names in sums.groups.values() for name in names}
+    provenance = {**_provenance(model, linears, config, called), **options, "data": sums.data}
     result = Covariances(sums.matrices, sums.groups, sums.tokens, provenance)
     _check_counts(result, linears)
     return result
@@ -232,7 +233,9 @@ def _check_options(offload: str | None, checkpoint_every: int, queue_tokens: int
             raise ValueError(f"{name} is {value!r}; expected a positive integer.")
 
 
-def _provenance(model: nn.Module, linears: Mapping[str, nn.Linear], config: LoraNullConfig) -> dict[str, str]:
+def _provenance(
+    model: nn.Module, linears: Mapping[str, nn.Linear], config: LoraNullConfig, called: Set[str]
+) -> dict[str, str]:
     from . import __version__
 
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
@@ -243,7 +246,8 @@ def _provenance(model: nn.Module, linears: Mapping[str, nn.Linear], config: Lora
         # a local path would tell others about this machine, and mean nothing to them
         "model_name": Path(name).name if os.path.isabs(name) else name,
         "model_dtype": ",".join(dtypes),
-        "base_fingerprint": fingerprint(linears) or "",
+        "base_fingerprint": fingerprint({name: linears[name] for name in linears if name in called}) or "",
+        "without_tokens": json.dumps([name for name in linears if name not in called]),
         "target_modules": json.dumps(config.to_dict()["target_modules"]),
     }
 
@@ -258,8 +262,8 @@ def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear]) -> None
     missing = [name for name in linears if name not in result]
     if missing:
         logger.warning(
-            "%d of %d target layers received no token and have no covariance, for instance %s. Add batches that reach "
-            "them, or leave them out of target_modules.",
+            "%d of %d target layers received no token and have no covariance, for instance %s. With "
+            "all-linear they get no adapter; to adapt them, add batches that reach them.",
             len(missing),
             len(linears),
             missing[0],

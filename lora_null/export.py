@@ -90,6 +90,7 @@ def export_adapter(
         source.factors,
         target_modules=source.target_modules,
         base_model_name_or_path=base_model_name_or_path or published_name(source.base_model),
+        task_type=source.task_type,
         own=source.own,
         dtype=dtype,
         overwrite=overwrite,
@@ -154,6 +155,7 @@ class _Source:
     factors: dict[str, tuple[Tensor, Tensor]]  # A (r, d), B (m, r), scaling folded in
     target_modules: Sequence[str]
     base_model: str | None
+    task_type: str | None
     own: dict
 
 
@@ -170,7 +172,8 @@ def _from_adapter(folder: Path, lora_alpha: float | None) -> _Source:
     # A regular expression is kept out: not every reader knows that PEFT allows one.
     targets = files.config.get("target_modules")
     targets = targets if isinstance(targets, list) else sorted(factors)
-    return _Source(factors, targets, files.config.get("base_model_name_or_path"), files.own)
+    base, task_type = (files.config.get(key) for key in ("base_model_name_or_path", "task_type"))
+    return _Source(factors, targets, base, task_type, files.own)
 
 
 def _from_checkpoint(folder: Path, lora_alpha: float | None) -> _Source:
@@ -219,7 +222,9 @@ def _from_checkpoint(folder: Path, lora_alpha: float | None) -> _Source:
     if stated is not None:
         stacked = any("initial_A" in parts for parts in tensors.values())
         own = {**config[_CONFIG_KEY], "config": stated.to_dict(), "stacked": stacked}
-    return _Source(factors, short_names(weights, factors), config.get("_name_or_path"), own)
+    classes = config.get("architectures") or [""]
+    task_type = "CAUSAL_LM" if classes[0].endswith(("ForCausalLM", "LMHeadModel")) else None
+    return _Source(factors, short_names(weights, factors), config.get("_name_or_path"), task_type, own)
 
 
 def _stated_config(folder: Path, config: dict) -> LoraNullConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from ._logging import logger
 from ._weights import fingerprint, materialized, refuse_sharded, require_writable, shared_weights, uncompiled
-from .config import LoraNullConfig
+from .config import ALL_LINEAR, LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, divide, gather
 from .factors import factorize
@@ -102,7 +103,8 @@ def initialize(
         model: The pre-trained model, with its weights on any device, offloaded or (frozen A) quantised;
             compiled or not.
         covariances: From :func:`lora_null.calibrate` on the same model.
-        config: Rank, scaling, mode and layers; the default is ``LoraNullConfig()``.
+        config: Rank, scaling, mode and layers; the default is ``LoraNullConfig()``. With ``"all-linear"``, layers that
+            calibration never called get no adapter.
         method: Passed to :func:`lora_null.null_space`.
         adapter_dtype: Of the trained factors. fp32 factors on a bf16 base are PEFT's default and train best.
         progress: Show a progress bar.
@@ -115,7 +117,7 @@ def initialize(
             carries adapters already or is sharded already.
     """
     wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
-    linears = target_linears(model, config.target_modules)
+    linears = _called(target_linears(model, config.target_modules), covariances, config)
     with announcing_failure():
         _check(model, linears, covariances, config)
     keys = dict.fromkeys(covariances.group_of(name) for name in linears)
@@ -205,6 +207,15 @@ def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float)
         weight.copy_(weight.float().add_(product, alpha=factor))
 
 
+def check_rank(name: str, linear: nn.Linear, r: int) -> None:
+    """Refuse more directions than the layer has inputs; with fewer outputs than directions, some stay unused."""
+    if r > linear.in_features:
+        raise ValueError(
+            f"r={r} is larger than d={linear.in_features}, the number of inputs of {name}. Choose "
+            f"r <= {linear.in_features}, or leave the layer out through target_modules."
+        )
+
+
 def check_width(name: str, linear: nn.Linear, size: int) -> None:
     """Refuse a covariance of ``size`` features for a layer that reads another number."""
     if size != linear.in_features:
@@ -212,6 +223,18 @@ def check_width(name: str, linear: nn.Linear, size: int) -> None:
             f"The covariance of {name} has {size} features, but the layer reads {linear.in_features}. The covariances "
             "were collected on another model; run lora_null.calibrate on this one."
         )
+
+
+def _called(linears: dict[str, nn.Linear], covariances: Covariances, config: LoraNullConfig) -> dict[str, nn.Linear]:
+    """Leave out the layers that got no token in calibration, unless they were wished for by name."""
+    if config.target_modules != ALL_LINEAR:
+        return linears
+    idle = set(json.loads(covariances.metadata.get("without_tokens", "[]"))) & set(linears)
+    if idle:
+        logger.warning(
+            "%d layers that calibration never called get no adapter: %s.", len(idle), ", ".join(sorted(idle))
+        )
+    return {name: linear for name, linear in linears.items() if name not in idle}
 
 
 def warn_of_other_weights(linears: Mapping[str, nn.Linear], covariances: Covariances) -> None:
@@ -246,19 +269,14 @@ def _check(
     if missing:
         raise ValueError(
             f"The covariances hold no entry for {len(missing)} of {len(linears)} target layers, for instance "
-            f"{missing[0]}; they were collected for another model or for fewer target_modules. Run "
-            "lora_null.calibrate on this model with the same config."
+            f"{missing[0]}; they were collected for another model or for fewer target_modules, or no token "
+            "reached these layers. Run lora_null.calibrate on this model with the same config."
         )
     refuse_sharded(linears, "initialize")
     require_adaptable(linears)
     shared = shared_weights(model)
     for name, linear in linears.items():
-        d, m = linear.in_features, linear.out_features
         check_width(name, linear, covariances.size(name))
-        if config.r > min(d, m):
-            raise ValueError(
-                f"r={config.r} is larger than min(d, m) = {min(d, m)} of {name} (d={d} inputs, m={m} outputs). Choose "
-                f"r <= {min(d, m)}, or leave the layer out through target_modules."
-            )
+        check_rank(name, linear, config.r)
         if not config.freeze_a:
             require_writable(name, linear, "freeze_a=False", shared)

@@ -92,6 +92,16 @@ class LoraNullLinear(nn.Linear):
         low_rank = (adapted @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
         return super().forward(x) + self.scaling * low_rank
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse what ``parallelize_module`` tries: to register the factors' parameters as the layer's own."""
+        if "." in name:
+            raise ValueError(
+                f"{name} belongs to a module inside this layer, so that parallelize_module cannot distribute it. "
+                "Leave adapted layers out of its plan, or place weight, lora_A.weight and lora_B.weight by hand with "
+                "distribute_tensor."
+            )
+        super().register_parameter(name, param)
+
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
         """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see :func:`stack_delta`."""
         initial = None

@@ -37,7 +37,7 @@ from .adapter import published_name, short_names, write_adapter
 from .config import LoraNullConfig
 from .covariances import Covariances
 from .distributed import announcing_failure, in_first_process
-from .initialization import AdapterState, check_width, factors_of, get_state, set_state, shift_base, solve
+from .initialization import AdapterState, check_rank, check_width, factors_of, get_state, set_state, shift_base, solve
 from .layers import stack_delta
 from .solver import NullSpace
 
@@ -194,6 +194,7 @@ def save_adapter(
         factors,
         target_modules=short_names(_base_names(peft_model), factors),
         base_model_name_or_path=published_name(base),
+        task_type=peft_config.task_type,
         own=state.to_dict(stacked=any(INITIAL in layer.__dict__ for layer in layers.values())),
         dtype=dtype,
         overwrite=overwrite,
@@ -257,10 +258,8 @@ def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: 
         )
     if adapter_name in getattr(layer, "lora_variant", {}):
         raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
-    r, d, m = layer.r[adapter_name], base.in_features, base.out_features
     check_width(name, base, size)
-    if r > min(d, m):
-        raise ValueError(f"r={r} is larger than min(d, m) = {min(d, m)} of {name}; choose a smaller r for it.")
+    check_rank(name, base, layer.r[adapter_name])
     if not freeze_a:
         require_writable(name, base, "freeze_a=False", shared)
 

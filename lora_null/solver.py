@@ -201,13 +201,18 @@ def null_spaces(
         ``(key, NullSpace)`` in the order of the input.
 
     Raises:
-        TypeError: An item is no pair.
+        TypeError: ``covariances`` is nothing of the kind, or an item is no pair.
         TypeError, ValueError: as :func:`null_space` does, with the key of the matrix in front.
     """
     threads = torch.get_num_threads()
     workers = (2 if threads > 1 else 1) if workers is None else workers
     if workers < 1:
         raise ValueError(f"null_spaces: workers is {workers}; expected at least 1.")
+    if not isinstance(covariances, Iterable):
+        raise TypeError(
+            f"null_spaces: covariances is a {type(covariances).__name__}; expected lora_null.Covariances, another "
+            "mapping, or pairs of a key and a matrix."
+        )
     total = len(covariances) if isinstance(covariances, Sized) else None
     pending: deque[tuple[Key, Future[NullSpace]]] = deque()
     pool = ThreadPoolExecutor(workers, "null_space", torch.set_num_threads, (max(1, threads // workers),))

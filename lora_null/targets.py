@@ -11,12 +11,20 @@ from torch import nn
 from ._logging import warn_once
 from .config import ALL_LINEAR
 
+_CLASSIFIERS = ("score", "classifier")
+
 
 def output_head_names(model: nn.Module) -> set[str]:
-    """Return the module names of the output head (``lm_head`` in LLaMA), which stays without an adapter."""
+    """Return the module names of the output head, which stays without an adapter: ``lm_head`` in LLaMA.
+
+    In a transformers model without one it is the head of a classifier, under the names that PEFT knows.
+    """
     getter: Any = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    return {name for name, module in model.named_modules() if head is not None and module is head} | {"lm_head"}
+    heads = [getter()] if getter is not None else []
+    if heads == [None]:
+        heads = [getattr(model, name, None) for name in _CLASSIFIERS]
+    inside = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+    return {name for name, module in model.named_modules() if id(module) in inside} | {"lm_head"}
 
 
 def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
@@ -29,7 +37,8 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
 
     Returns:
         Name to module, in the model's own order. What was wished for but is no linear layer of its own, such as
-        experts fused into one parameter, is named in a warning.
+        experts fused into one parameter, is named in a warning, and so are layers on which PEFT cannot load an
+        adapter; ``"all-linear"`` leaves those out.
 
     Raises:
         ValueError: The model has no linear layer, or a wish matches none.
@@ -49,7 +58,8 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
     stacks = _stacked_weights(model)
     if target_modules == ALL_LINEAR:
         _warn_of_stacks(model, stacks)
-        return {name: module for name, module in linears.items() if name not in heads}
+        lost = _lost_by_peft(model, [name for name in linears if name not in heads], "get no adapter")
+        return {name: module for name, module in linears.items() if name not in heads | lost}
     if isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
@@ -76,7 +86,44 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_L
         )
     _warn_of_stacks(model, wished)
     names = set().union(*matched.values())
+    _lost_by_peft(model, names, "get one because target_modules names them")
     return {name: module for name, module in linears.items() if name in names}
+
+
+def _lost_by_peft(model: nn.Module, names: Iterable[str], fate: str) -> set[str]:
+    """Return, and name in a warning, the layers on which PEFT cannot load the adapter that it finds in a file.
+
+    CUDA kernels of Mamba models read the weight of ``out_proj`` past the layer, so that PEFT refuses it. Where
+    transformers 5 has fused a model's experts, PEFT takes ``gate_proj``, ``up_proj`` and ``down_proj`` of its other
+    layers for experts in checkpoints of older versions, and drops them.
+    """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return set()
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:
+        return set()
+    lost = set()
+    for ending in {name.rsplit(".", 1)[-1] for name in names}:
+        config = LoraConfig(target_modules=[ending])
+        try:
+            convert(config, model, None)
+            getattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)(config, model, ending)
+        except ValueError:
+            lost.add(ending)
+        else:
+            lost |= {ending} - set(config.target_modules or ())
+    found = {name for name in names if name.rsplit(".", 1)[-1] in lost}
+    if found:
+        message = (
+            f"PEFT cannot load adapters on these layers of {type(model).__name__}: {_starred(sorted(found))}. They "
+            f"{fate}."
+        )
+        warn_once(message, message)
+    return found
 
 
 def _stacked_weights(model: nn.Module) -> dict[str, int]:

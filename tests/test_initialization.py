@@ -279,8 +279,8 @@ class TestBadInput:
     def test_unknown_target_modules(self, calibrated):
         self.refused(*calibrated, lora_null.LoraNullConfig(r=2, target_modules=["query"]), r"\['query'\].*q_proj")
 
-    def test_rank_above_the_smallest_side(self, calibrated):
-        self.refused(*calibrated, lora_null.LoraNullConfig(r=25), r"r=25 is larger than min\(d, m\) = 24 of .*k_proj")
+    def test_rank_above_the_number_of_inputs(self, calibrated):
+        self.refused(*calibrated, lora_null.LoraNullConfig(r=49), r"r=49 is larger than d=48, .* inputs of .*q_proj")
 
     def test_covariances_of_another_width(self, llama, calibrated):
         self.refused(llama(hidden_size=32), calibrated[1], lora_null.LoraNullConfig(r=2), "collected on another model")
@@ -344,3 +344,17 @@ class TestBadInput:
         with torch.inference_mode():
             lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
         train(model, steps=2)
+
+    def test_parallelize_module_is_told_what_it_cannot_do(self, calibrated, tmp_path):
+        import torch.distributed as dist
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        model, covariances = calibrated
+        lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=2), progress=False)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            mesh = dist.init_device_mesh("cpu", (1,))
+            with pytest.raises(ValueError, match=r"lora_A\.weight belongs .* parallelize_module cannot distribute it"):
+                parallelize_module(model.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
+        finally:
+            dist.destroy_process_group()

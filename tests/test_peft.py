@@ -224,9 +224,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match="named 'other'"):
             lora_null_peft.initialize_lora_null_weights(peft_llama(llama), covariances, adapter_name="other")
 
-    def test_a_rank_above_the_smallest_side(self, llama, covariances):
-        with pytest.raises(ValueError, match="r=25 is larger than"):
-            lora_null_peft.initialize_lora_null_weights(peft_llama(llama, r=25), covariances, progress=False)
+    def test_a_rank_above_the_number_of_inputs(self, llama, covariances):
+        with pytest.raises(ValueError, match="r=49 is larger than"):
+            lora_null_peft.initialize_lora_null_weights(peft_llama(llama, r=49), covariances, progress=False)
 
     @pytest.mark.parametrize("again", [True, False], ids=["frozen_a", "trained_a"])
     def test_a_base_that_is_shifted_already(self, llama, covariances, again):

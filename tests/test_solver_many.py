@@ -39,6 +39,11 @@ def test_what_is_no_pair_is_refused(given):
         list(null_spaces(given, 2, progress=False))
 
 
+def test_what_is_no_collection_is_refused():
+    with pytest.raises(TypeError, match=r"covariances is a NoneType; expected lora_null\.Covariances"):
+        list(null_spaces(None, 2, progress=False))
+
+
 def test_reads_no_further_than_the_workers_need():
     taken = 0
 

@@ -34,8 +34,7 @@ def warnings(monkeypatch, caplog):
 def test_fused_experts_are_named_once(kind, warnings, token_batches):
     model = moe(kind)
     covariances = lora_null.calibrate(model, token_batches(), progress=False)
-    # The gate of the shared expert has one output.
-    lora_null.initialize(model, covariances, LoraNullConfig(r=1), progress=False)
+    lora_null.initialize(model, covariances, LoraNullConfig(r=4), progress=False)
     [warning] = warnings()
     for name in ("model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj"):
         assert name in warning
