@@ -1,3 +1,4 @@
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "covariance.h"
@@ -38,6 +39,60 @@ py::tuple filtered(const at::Tensor& C, int64_t r, double tol, int64_t oversampl
   return py::make_tuple(result.basis, result.values, info);
 }
 
+// Subclasses may mean something else by their products.
+template <typename... Handles>
+bool plain(const Handles&... handles) {
+  return (THPVariable_CheckExact(handles.ptr()) && ...);
+}
+
+std::optional<lora_null::LinearCall> linear_call(py::handle x, py::handle weight, py::handle factor, py::handle lora_B,
+                                                 py::handle bias, py::handle mixing, double scaling, bool projected,
+                                                 double max_products) {
+  lora_null::OptionalTensor given[2];
+  const py::handle optional[2] = {bias, mixing};
+  for (int i = 0; i < 2; ++i) {
+    if (optional[i].is_none()) continue;
+    if (!plain(optional[i])) return std::nullopt;
+    given[i] = THPVariable_Unpack(optional[i].ptr());
+  }
+  if (!plain(x, weight, factor, lora_B)) return std::nullopt;
+  lora_null::LinearCall call{THPVariable_Unpack(x.ptr()),
+                             THPVariable_Unpack(weight.ptr()),
+                             THPVariable_Unpack(factor.ptr()),
+                             THPVariable_Unpack(lora_B.ptr()),
+                             given[0],
+                             given[1],
+                             scaling};
+  if (!lora_null::takes(call, projected, max_products)) return std::nullopt;
+  return call;
+}
+
+// (y, S), or None where Python has to do the call, or to say what is wrong with it.
+py::object lora_linear(py::handle x, py::handle weight, py::handle lora_A, py::handle lora_B, py::handle bias,
+                       py::handle mixing, double scaling, double max_products) {
+  const auto call = linear_call(x, weight, lora_A, lora_B, bias, mixing, scaling, false, max_products);
+  if (!call.has_value()) return py::none();
+  std::pair<at::Tensor, at::Tensor> outputs;
+  {
+    py::gil_scoped_release release;
+    outputs = lora_null::lora_linear(*call);
+  }
+  return py::make_tuple(outputs.first, outputs.second);
+}
+
+// y, or None likewise.
+py::object lora_up_linear(py::handle x, py::handle weight, py::handle projected, py::handle lora_B, py::handle bias,
+                          py::handle mixing, double scaling, double max_products) {
+  const auto call = linear_call(x, weight, projected, lora_B, bias, mixing, scaling, true, max_products);
+  if (!call.has_value()) return py::none();
+  at::Tensor y;
+  {
+    py::gil_scoped_release release;
+    y = lora_null::lora_up_linear(*call);
+  }
+  return py::cast(y);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -48,6 +103,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("covariance_update", &lora_null::covariance_update, py::arg("C"), py::arg("x"),
              py::call_guard<py::gil_scoped_release>());
   module.def("multiplies_bf16", &lora_null::multiplies_bf16);
-  module.def("lora_linear", &lora_null::lora_linear, py::call_guard<py::gil_scoped_release>());
-  module.def("lora_up_linear", &lora_null::lora_up_linear, py::call_guard<py::gil_scoped_release>());
+  module.def("lora_linear", &lora_linear);
+  module.def("lora_up_linear", &lora_up_linear);
 }

@@ -1,12 +1,18 @@
 #include "linear.h"
 
 #include <ATen/Context.h>
+#include <ATen/TracerMode.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <cstdlib>
+#include <cstring>
 
 namespace lora_null {
 namespace {
@@ -198,10 +204,60 @@ bool tracked(const OptionalTensor& bias, const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (requires_grad(bias) || (tensors.requires_grad() || ...));
 }
 
+bool ordinary(const Tensor& tensor, const Tensor& x) {
+  const auto dtype = tensor.scalar_type();
+  const bool real = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  return real && tensor.device() == x.device() && tensor.layout() == at::kStrided && !tensor.is_nested();
+}
+
+bool ordinary(const OptionalTensor& tensor, const Tensor& x) { return !tensor.has_value() || ordinary(*tensor, x); }
+
+bool fit(const LinearCall& call, bool projected) {
+  const auto& [x, weight, factor, lora_B, bias, mixing, scaling] = call;
+  if (x.dim() < 1 || weight.dim() != 2 || lora_B.dim() != 2 || factor.dim() != (projected ? x.dim() : 2)) return false;
+  const int64_t d = x.size(-1), m = weight.size(0), p = projected ? factor.size(-1) : factor.size(0);
+  const bool joins = projected ? lead(factor) == lead(x) : factor.size(1) == d;
+  const bool mixes = mixing.has_value() ? mixing->dim() == 2 && mixing->size(0) == lora_B.size(1) &&
+                                              mixing->size(1) == p && !mixing->requires_grad()
+                                        : lora_B.size(1) == p;
+  return joins && mixes && weight.size(1) == d && lora_B.size(0) == m &&
+         (!bias.has_value() || (bias->dim() == 1 && bias->size(0) == m));
+}
+
+bool backend_allows() {
+  const char* backend = std::getenv("LORA_NULL_LINEAR_BACKEND");
+  return backend == nullptr || *backend == '\0' || !std::strcmp(backend, "auto") || !std::strcmp(backend, "cublas");
+}
+
 }  // namespace
 
-std::pair<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                                      const OptionalTensor& bias, const OptionalTensor& mixing, double scaling) {
+bool takes(LinearCall& call, bool projected, double max_products) {
+  auto& [x, weight, factor, lora_B, bias, mixing, scaling] = call;
+  if (!x.is_cpu() && !x.is_cuda()) return false;
+  if (!ordinary(x, x) || !ordinary(weight, x) || !ordinary(factor, x) || !ordinary(lora_B, x) || !ordinary(bias, x) ||
+      !ordinary(mixing, x) || weight.requires_grad() || !fit(call, projected)) {
+    return false;
+  }
+  if (x.is_cuda() && static_cast<double>(x.numel()) * weight.size(0) >= max_products) return false;
+  const bool functorch = c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  if (!backend_allows() || functorch || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+      at::tracer::impl::is_dispatch_enabled()) {
+    return false;
+  }
+  const auto device = x.device().type();
+  if (at::autocast::is_autocast_enabled(device)) {
+    const auto dtype = at::autocast::get_autocast_dtype(device);
+    for (Tensor* tensor : {&x, &weight}) {
+      if (tensor->scalar_type() != at::kDouble) *tensor = tensor->to(dtype);
+    }
+    if (bias.has_value() && bias->scalar_type() != at::kDouble) bias = bias->to(dtype);
+  }
+  if (projected) factor = factor.to(x.scalar_type());
+  return weight.scalar_type() == x.scalar_type() && (!bias.has_value() || bias->scalar_type() == x.scalar_type());
+}
+
+std::pair<Tensor, Tensor> lora_linear(const LinearCall& call) {
+  const auto& [x, weight, lora_A, lora_B, bias, mixing, scaling] = call;
   if (!tracked(bias, x, lora_A, lora_B)) {
     return project_and_apply(x, weight, lora_A, lora_B, bias, mixing, scaling);
   }
@@ -209,8 +265,8 @@ std::pair<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, con
   return {outputs[0], outputs[1]};
 }
 
-Tensor lora_up_linear(const Tensor& x, const Tensor& weight, const Tensor& projected, const Tensor& lora_B,
-                      const OptionalTensor& bias, const OptionalTensor& mixing, double scaling) {
+Tensor lora_up_linear(const LinearCall& call) {
+  const auto& [x, weight, projected, lora_B, bias, mixing, scaling] = call;
   if (!tracked(bias, x, projected, lora_B)) {
     return apply_projected(x, weight, projected, lora_B, bias, mixing, scaling);
   }

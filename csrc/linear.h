@@ -13,16 +13,24 @@ namespace lora_null {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Return y = x W^T + scaling S (B M)^T + bias (..., m) and S = x A^T (..., p), both differentiable once.
-//   x: (..., d), weight: (m, d) that requires no gradient, lora_A: (p, d), lora_B: (m, r), bias: (m).
+// The arguments of an adapted linear.
+//   x: (..., d), weight: (m, d), factor: lora_A (p, d) or a projection P (..., p), lora_B: (m, r), bias: (m).
 //   mixing: M (r, p), a constant; the identity where there is none.
-std::pair<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
-                                              const at::Tensor& lora_B, const OptionalTensor& bias,
-                                              const OptionalTensor& mixing, double scaling);
+struct LinearCall {
+  at::Tensor x, weight, factor, lora_B;
+  OptionalTensor bias, mixing;
+  double scaling;
+};
 
-// Return y = x W^T + scaling P (B M)^T + bias (..., m) for a projection P (..., p) made elsewhere.
-at::Tensor lora_up_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& projected,
-                          const at::Tensor& lora_B, const OptionalTensor& bias, const OptionalTensor& mixing,
-                          double scaling);
+// Say whether the functions below can take this call, and cast its tensors as autocast would. Left to Python are
+// weights that require a gradient, tensors that are not plain dense ones of one device, shapes that do not fit, a
+// backend that the environment asks for, any kind of tracing, and on a GPU more than max_products = T d m.
+bool takes(LinearCall& call, bool projected, double max_products);
+
+// Return y = x W^T + scaling S (B M)^T + bias (..., m) and S = x A^T (..., p), both differentiable once.
+std::pair<at::Tensor, at::Tensor> lora_linear(const LinearCall& call);
+
+// Return y = x W^T + scaling P (B M)^T + bias (..., m).
+at::Tensor lora_up_linear(const LinearCall& call);
 
 }  // namespace lora_null

@@ -20,7 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from . import ops
 from ._logging import warn_once
-from .ops._operation import is_observed
+from .ops._operation import autocast_dtype, is_observed
 from .ops.dispatch import reason_against, requested_backend
 
 if TYPE_CHECKING:
@@ -186,9 +186,7 @@ def _gone() -> None:
 
 def _circumstances(x: Tensor) -> tuple:
     """What has to be equal, besides x itself, for two calls to build the same piece of graph."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    hooks = _saved_tensor_hooks()
+    autocast, hooks = autocast_dtype(x.device.type), _saved_tensor_hooks()
     return torch.is_grad_enabled(), x.requires_grad, autocast, hooks and weakref.ref(hooks[0]), get_ident()
 
 

@@ -60,7 +60,7 @@ class Linear(Question):
     seconds = 3.0
 
     def cases(self, device, full):
-        """LLaMA layers; on a GPU those of Llama-3-8B and the width of Llama-3.2-1B; one that only shows the overhead."""
+        """LLaMA layers, on a GPU those of Llama-3-8B and the width of Llama-3.2-1B; one that shows overhead alone."""
         tiny = self._case(4, 64, 64, 8, "fp32", "fp32", False)
         if device == "cuda":
             sizes = [(4096, 4096, 16), (2048, 2048, 16), (14336, 4096, 16), (4096, 4096, 128)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _extension
 from . import dispatch, reference
 from ._operation import Operation
 
@@ -63,21 +62,6 @@ def _lora_linear(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed
     (S,) = plan.project(rows, (lora_A,), dropout=dropout, seed=number)
     y = plan.forward(rows, weight, S, _folded(lora_B, mixing), scaling=scaling, bias=bias)
     return _unrows(y, x.shape[:-1]), _unrows(S, x.shape[:-1])
-
-
-def _lora_linear_compiled(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed):
-    module = _extension.ready()
-    if module is None or dropout or weight.requires_grad or not _vendor_alone(x, weight, lora_A.shape[0]):
-        return None
-    return module.lora_linear(x, weight, lora_A, lora_B, bias, mixing, scaling)
-
-
-def _vendor_alone(x, weight, r):
-    """Say whether every product, in the backward as well, is the vendor's GEMM, which C++ calls as well as Python."""
-    requested = dispatch.requested_backend()
-    if requested == "auto" and x.device.type != "cpu":
-        return dispatch.plan(_rows(x), weight.shape[0], r, weight=weight).vendor_alone
-    return requested != "triton"
 
 
 def _lora_linear_fake(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed):
@@ -163,13 +147,6 @@ def _lora_up_linear(x, weight, projected, lora_B, bias, mixing, scaling):
     plan = dispatch.plan(rows, weight.shape[0], projected.shape[-1], weight=weight)
     y = plan.forward(rows, weight, _rows(projected), _folded(lora_B, mixing), scaling=scaling, bias=bias)
     return _unrows(y, x.shape[:-1])
-
-
-def _lora_up_linear_compiled(x, weight, projected, lora_B, bias, mixing, scaling):
-    module = _extension.ready()
-    if module is None or weight.requires_grad or not _vendor_alone(x, weight, projected.shape[-1]):
-        return None
-    return module.lora_up_linear(x, weight, projected, lora_B, bias, mixing, scaling)
 
 
 def _lora_up_linear_fake(x, weight, projected, lora_B, bias, mixing, scaling):
@@ -302,7 +279,6 @@ lora_linear = Operation(
     _lora_linear_fake,
     setup=_lora_linear_setup,
     gradient=_lora_linear_grad,
-    compiled=_lora_linear_compiled,
 )
 lora_linear_backward = Operation(
     "lora_null::lora_linear_backward",
@@ -318,7 +294,6 @@ lora_up_linear = Operation(
     _lora_up_linear_fake,
     setup=_lora_up_linear_setup,
     gradient=_lora_up_linear_grad,
-    compiled=_lora_up_linear_compiled,
 )
 lora_up_linear_backward = Operation(
     "lora_null::lora_up_linear_backward",

@@ -1,4 +1,4 @@
-"""A differentiable operation with an entrance for tracers, and faster ones for eager code."""
+"""A differentiable operation with two entrances: a custom operation for tracers, a plain Function for eager code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class Operation:
         setup: ``setup(ctx, inputs, output)`` saves what the gradient needs.
         gradient: ``gradient(ctx, *grads)`` returns one entry per input. Without it the operation is itself a
             backward, and asking for its gradient raises.
-        compiled: ``compiled(*args)`` returns what C++ made of these arguments, or None where it cannot take them.
         tensor_lists: Whether arguments or results hold lists of tensors, which a Function cannot differentiate.
     """
 
@@ -38,14 +37,12 @@ class Operation:
         *,
         setup: Callable | None = None,
         gradient: Callable | None = None,
-        compiled: Callable | None = None,
         tensor_lists: bool = False,
     ):
         self.body = _isolated(body)
         self.op = torch.library.custom_op(name, self.body, mutates_args=(), schema=schema)
         self.op.register_fake(fake)
         self.op.register_autograd(gradient or _second_derivative, setup_context=setup)
-        self.compiled = compiled
         self.function: Any = None
         if gradient is not None and setup is not None and not tensor_lists:
             self.function = _function(name, self.body, setup, gradient)
@@ -54,8 +51,6 @@ class Operation:
         """Run on positional arguments, the first of them a tensor or a list of tensors."""
         if is_observed(args[0]):
             return self.op(*args)
-        if self.compiled is not None and (output := self.compiled(*args)) is not None:
-            return output
         if not torch.is_grad_enabled():
             return self.body(*args)
         return self.function.apply(*args) if self.function is not None else self.op(*args)
@@ -69,6 +64,13 @@ def is_observed(first: Tensor | list[Tensor]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that autocast casts to on ``device``, or ``None`` where it is off or unknown, as on meta."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _function(name: str, body: Callable, setup: Callable, gradient: Callable) -> Any:
@@ -88,7 +90,7 @@ def _isolated(body: Callable) -> Callable:
     def run(first, *args):
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         with torch._C._AutoDispatchBelowAutograd():
-            if not torch.is_autocast_enabled(device):
+            if autocast_dtype(device) is None:
                 return body(first, *args)
             with torch.autocast(device, enabled=False):
                 return body(first, *args)

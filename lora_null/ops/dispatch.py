@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -40,9 +40,9 @@ PRODUCTS = ("project", "forward", "backward_dy", "backward_dx", "backward_dA")
 _UNMEASURED = {product: "cublas" for product in PRODUCTS} | {"backward_dy": "triton"}
 
 # Multiply-adds T d m below which the two large products of forward and backward take less than 200 us at 500 TFLOP/s.
-# A layer with a fused kernel costs that much in the interpreter alone (190 us on a 2-core EPYC, 94 us where C++ calls
-# the vendor's GEMMs and 113 us as plain differentiable operations), so that the GPU would wait. Not measured on one.
-_LAUNCH_BOUND = 2.5e10
+# A layer with a fused kernel costs that much in the interpreter alone (190 us of a 2-core EPYC; 70 us where C++ calls
+# the vendor's GEMMs, 140 us in PEFT), so that the GPU would wait. Not measured on one.
+LAUNCH_BOUND = 2.5e10
 
 # Products that apply a dropout mask, which the kernels regenerate and a GEMM has to read.
 _MASKED = ("project", "backward_dx", "backward_dA")
@@ -61,11 +61,6 @@ class Plan:
 
     backends: dict[str, str]
     reasons: dict[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def vendor_alone(self) -> bool:
-        """Whether every product is the vendor's GEMM."""
-        return set(self.backends.values()) == {"cublas"}
 
     def __getattr__(self, product: str) -> Callable[..., Any]:
         if product not in PRODUCTS:
@@ -185,7 +180,7 @@ def plan(
 
 @lru_cache(maxsize=4096)
 def _choose(arch: str, T: int, d: int, m: int, r: int, dtype: torch.dtype, dropout: bool) -> Plan:
-    if T * d * m < _LAUNCH_BOUND and not dropout:
+    if T * d * m < LAUNCH_BOUND and not dropout:
         return _uniform("cublas", "launches, and not products, take the time of so few tokens")
     times, backends, reasons = measured_times(arch), {}, {}
     for product in PRODUCTS:

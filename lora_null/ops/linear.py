@@ -8,15 +8,19 @@
 Forward and backward are ``torch.library`` custom operations without in-place effects. ``needs_input_grad`` decides
 what is saved and computed: with A and W frozen, S ``(T, r)`` is kept and x is not. The products themselves come
 from the backend that :mod:`lora_null.ops.dispatch` names. A compiler gets plain operations to trace where
-:func:`lora_null.ops.dispatch.traced_plainly` says so.
+:func:`lora_null.ops.dispatch.traced_plainly` says so; in eager code C++ makes the vendor's products where it can.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .. import _extension
 from . import _linear_ops, dispatch, reference
+from ._operation import autocast_dtype
 
 
 def lora_linear(
@@ -59,6 +63,8 @@ def lora_linear(
             dropout inside a CUDA graph that is being captured.
     """
     dropout = _dropout_in_effect(dropout, training)
+    if not dropout and (found := _compiled("lora_linear", x, weight, lora_A, lora_B, bias, None, scaling)) is not None:
+        return found[0]
     if dispatch.use_reference(x, weight, lora_A, lora_B, bias):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout=dropout, seed=seed)
     x, weight, bias = _cast_for_autocast(x, weight, bias)
@@ -85,6 +91,8 @@ def lora_linear_and_projection(
     gradients of S come back to this operation, and ``dS A`` joins x's gradient inside this layer's own product.
     With ``mixing`` the layer's own factor is ``M A``, as in :func:`lora_up_linear`.
     """
+    if (found := _compiled("lora_linear", x, weight, lora_A, lora_B, bias, mixing, scaling)) is not None:
+        return found
     if dispatch.use_reference(x, weight, lora_A, lora_B, bias, mixing):
         return reference.lora_linear_and_projection(
             x, weight, lora_A, lora_B, scaling=scaling, bias=bias, mixing=mixing
@@ -125,6 +133,8 @@ def lora_up_linear(
     Returns:
         ``y (..., m)``. Errors are those of :func:`lora_linear`.
     """
+    if (found := _compiled("lora_up_linear", x, weight, projected, lora_B, bias, mixing, scaling)) is not None:
+        return found
     if dispatch.use_reference(x, weight, projected, lora_B, bias, mixing):
         return reference.lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing)
     x, weight, bias = _cast_for_autocast(x, weight, bias)
@@ -162,6 +172,16 @@ def lora_project(
     return tuple(_linear_ops.lora_project(x, list(lora_As), dropout, _seed(dropout, seed)))
 
 
+def _compiled(name: str, *tensors: Tensor | float | None) -> Any:
+    """Let C++ make the products and their backward; ``None`` where it cannot, or Python has something to say.
+
+    The interpreter takes longer over a call than the products do wherever there are few tokens.
+    """
+    if torch.compiler.is_compiling() or (module := _extension.ready()) is None:
+        return None
+    return getattr(module, name)(*tensors, dispatch.LAUNCH_BOUND)
+
+
 def _dropout_in_effect(dropout: float, training: bool) -> float:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout!r}; expected a probability in [0, 1).")
@@ -183,9 +203,9 @@ def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
 
 def _cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """Cast as autocast would. The small factors are left to the operations, which cast them in any case."""
-    if not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == dtype or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
