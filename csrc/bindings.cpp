@@ -1,3 +1,4 @@
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -103,6 +104,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("covariance_update", &lora_null::covariance_update, py::arg("C"), py::arg("x"),
              py::call_guard<py::gil_scoped_release>());
   module.def("multiplies_bf16", &lora_null::multiplies_bf16);
-  module.def("lora_linear", &lora_linear);
-  module.def("lora_up_linear", &lora_up_linear);
+  // Wrapped, errors keep their types: torch.OutOfMemoryError, or that of a Python hook on saved tensors.
+  module.def("lora_linear", torch::wrap_pybind_function(&lora_linear));
+  module.def("lora_up_linear", torch::wrap_pybind_function(&lora_up_linear));
 }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_linear import NAMES, case
+from torch.utils.checkpoint import checkpoint
 
 from lora_null import _extension, ops
 from lora_null.ops import dispatch, linear
@@ -151,6 +152,35 @@ def test_a_second_backward_raises(taken):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     assert len(taken) == 2
+
+
+def test_errors_of_python_keep_their_type(taken):
+    class Full(Exception):
+        pass
+
+    def pack(tensor):
+        raise Full
+
+    tensors = case((5,), 7, 4, 3, torch.float32, grad=("x", "lora_B"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(Full):
+        ops.lora_linear(**tensors)
+    assert not taken
+    ops.lora_linear(**tensors).sum().backward()
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant, taken):
+    tensors = case((5,), 7, 4, 3, torch.float64, grad=("x", "lora_B"))
+
+    def twice(x):
+        return ops.lora_linear(**{**tensors, "x": ops.lora_linear(**{**tensors, "x": x})[:, :1] * x})
+
+    want = torch.autograd.grad(twice(tensors["x"]).sum(), (tensors["x"], tensors["lora_B"]))
+    assert len(taken) == 2
+    checkpoint(twice, tensors["x"], use_reentrant=reentrant).sum().backward()
+    assert len(taken) == (6 if reentrant else 5)  # the second call of the recomputation stops once all is saved
+    torch.testing.assert_close((tensors["x"].grad, tensors["lora_B"].grad), want, rtol=0, atol=0)
 
 
 def test_calls_that_stay_in_python(taken, monkeypatch):
