@@ -24,13 +24,27 @@ _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 
 
 def gathered(tensor: Any) -> Tensor:
-    """Return the whole of a ``DTensor``, for which all of its processes must call this; any other tensor as it is."""
+    """Return the whole of a ``DTensor`` or of a parameter that ZeRO-3 has divided; any other tensor as it is.
+
+    All processes that hold a part must call this.
+    """
+    if _divided_by_zero3(tensor):
+        import deepspeed  # type: ignore[import-not-found]
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def unwrapped(model: Any) -> Any:
-    """Return the model inside DDP, FSDP1 and torch.compile, with the weights that FSDP2 has left gathered put back.
+def _divided_by_zero3(tensor: Any) -> bool:
+    """Tell whether DeepSpeed holds the values elsewhere; not so inside the user's own ``GatheredParameters``."""
+    return getattr(getattr(tensor, "ds_status", None), "name", None) == "NOT_AVAILABLE"
 
+
+def unwrapped(model: Any) -> Any:
+    """Return the adapted model inside DDP, FSDP1, torch.compile, a DeepSpeed engine or a module of a user's own.
+
+    Weights that FSDP2 has left gathered are put back.
     After a forward without a backward, the outermost part of an FSDP2 model holds copies of its weights; a change
     of them would be lost.
     """
@@ -42,7 +56,9 @@ def unwrapped(model: Any) -> Any:
     for module in model.modules() if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
-    return model
+    # Names of modules go into adapters, so that a wrapper must not add to them.
+    holders = [module for module in model.modules() if "lora_null_state" in module.__dict__]
+    return holders[0] if len(holders) == 1 else model
 
 
 def uncompiled(model: Any) -> Any:
@@ -58,8 +74,11 @@ def plain_name(name: str) -> str:
 
 
 def is_distributed(model: nn.Module) -> bool:
-    """Tell whether parameters are ``DTensor`` (FSDP2, tensor parallel), so that processes must act together."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Tell whether processes must act together: parameters are ``DTensor``, or ZeRO-3 has divided the adapters."""
+    return any(
+        hasattr(parameter, "full_tensor") or ("lora_" in name and _divided_by_zero3(parameter))
+        for name, parameter in model.named_parameters()
+    )
 
 
 def refuse_sharded(linears: Mapping[str, nn.Linear], wish: str) -> None:
@@ -67,11 +86,11 @@ def refuse_sharded(linears: Mapping[str, nn.Linear], wish: str) -> None:
     for name, linear in linears.items():
         weight = linear.weight
         if hasattr(weight, "full_tensor") or (weight.is_floating_point() and weight.ndim == 1):
-            kind = "a DTensor" if hasattr(weight, "full_tensor") else "flattened (FSDP1)"
+            kind = "a DTensor" if hasattr(weight, "full_tensor") else "flattened (FSDP1, ZeRO-3)"
             raise ValueError(
                 f"{wish} needs whole weights, but that of {name} is {kind}: the model is sharded already. Parameters "
                 "added now would be neither sharded nor synchronised, and the processes would drift apart. Attach the "
-                "adapters first, and shard afterwards (fully_shard, FSDP, parallelize_module)."
+                "adapters first, and shard afterwards (fully_shard, FSDP, parallelize_module, deepspeed.initialize)."
             )
 
 
@@ -104,7 +123,7 @@ def require_writable(name: str, linear: nn.Linear, wish: str, shared: Set[int] =
     if id(weight) in shared:
         problem = "shares its weight with another module (tied weights), which would change along with it"
     elif weight.is_floating_point() and weight.ndim == 1:
-        problem = "is flattened by FSDP1, so that this process holds a part of it"
+        problem = "is flattened by FSDP1 or ZeRO-3, so that this process holds a part of it"
     elif not is_dense(linear):
         kind = f"{type(linear).__name__}, {type(weight).__name__}, {weight.dtype}"
         problem = f"is quantised ({kind}), so that an update cannot be represented"

@@ -62,12 +62,12 @@ def save_adapter(
     ``2 r``, relative to the untouched base. A second file, ``lora_null.json``, lets
     :func:`load_adapter` go on training; other readers ignore it.
 
-    With several processes, one of them has to call this. Where the factors are sharded (FSDP2, tensor parallel) all
-    have to: they are gathered, the first process writes, and the others wait for it.
+    With several processes, one of them has to call this. Where the factors are sharded (FSDP2, tensor parallel,
+    ZeRO-3) all have to: they are gathered, the first process writes, and the others wait for it.
 
     Args:
-        model: A model patched by :func:`lora_null.initialize` or :func:`lora_null.load_adapter`, also inside DDP or
-            torch.compile, or sharded by ``fully_shard``.
+        model: A model patched by :func:`lora_null.initialize` or :func:`lora_null.load_adapter`, also inside DDP,
+            torch.compile or another module, or sharded by ``fully_shard`` or DeepSpeed.
         path: The folder to make; it may exist and be empty. The adapter appears in it whole or not at all.
         dtype: Of the tensors on disk; the default keeps fp32.
         overwrite: Replace an existing adapter folder; its ``README.md`` is kept. A folder with other files in it is

@@ -135,12 +135,12 @@ def stack_delta(
     rounded: for an update of relative size 1e-3 the relative error in bf16 is 1.66 instead of 2e-3. Sharded factors
     are gathered.
     """
+    lora_A, lora_B = gathered(lora_A).float(), gathered(lora_B).float()
     if lora_A.ndim != 2 or lora_B.ndim != 2:
         raise ValueError(
             f"The factors are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}; expected (r, d) and (m, r). FSDP1 has "
             "flattened them: call this inside FullyShardedDataParallel.summon_full_params(model)."
         )
-    lora_A, lora_B = gathered(lora_A).float(), gathered(lora_B).float()
     if initial is None:
         return lora_A.clone(), scaling * lora_B
     initial_A, initial_B = (gathered(factor).to(lora_A.device, torch.float32) for factor in initial)

@@ -241,3 +241,15 @@ def test_no_absolute_path_is_published(llama, token_batches, tmp_path):
     export_adapter(tmp_path / "adapter", tmp_path / "exported")
     exported = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
     assert exported["base_model_name_or_path"] == "my-base"
+
+
+def test_a_module_around_the_model_adds_nothing_to_the_names(llama, token_batches, tmp_path):
+    """A LightningModule, a DeepSpeed engine, anybody's own wrapper."""
+    model = trained(llama, token_batches)
+    wrapper = torch.nn.ModuleDict({"model": model})
+    lora_null.save_adapter(model, tmp_path / "model")
+    lora_null.save_adapter(wrapper, tmp_path / "wrapper")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "lora_null.json"):
+        assert (tmp_path / "wrapper" / name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
+    assert lora_null.merge(wrapper) is wrapper
+    assert not hasattr(model, "lora_null_state")
