@@ -107,8 +107,9 @@ variable_list once(variable_list found, const variable_list& saved, const variab
   return found;
 }
 
-std::pair<Tensor, Tensor> project_and_apply(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                       const OptionalTensor& bias, const OptionalTensor& mixing, double scaling) {
+std::pair<Tensor, Tensor> project_and_apply(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+                                            const Tensor& lora_B, const OptionalTensor& bias,
+                                            const OptionalTensor& mixing, double scaling) {
   Isolated guard;
   const Tensor flat = rows(x), S = at::mm(flat, lora_A.to(x.scalar_type()).t());
   return {unrows(up(flat, weight, S, lora_B, bias, mixing, scaling), lead(x)), unrows(S, lead(x))};

@@ -75,12 +75,12 @@ def run(settings: Settings) -> dict[str, Any]:
         path = settings.model or str(fetch_model())
         tokenizer = load_tokenizer(path)
         dtype = parse_dtype(settings.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        model = _load(path, dtype, device)
+        model = load_model(path, dtype, device)
     known, held_out = country_facts()
     texts = [fact.text for fact in known] if settings.data is None else read_texts(settings.data)
     asked = min(settings.questions, len(held_out))
     held_out = [held_out[index * len(held_out) // asked] for index in range(asked)]
-    judge = _Judge(tokenizer, held_out, settings.progress)
+    judge = Judge(tokenizer, held_out, settings.progress)
     problems = word_problems(settings.steps * settings.batch_size, seed=settings.seed)
     examples = encode_problems(tokenizer, problems, learn_prompt=True)
 
@@ -93,7 +93,7 @@ def run(settings: Settings) -> dict[str, Any]:
         optimum = optimal_energies(covariances, settings.r, progress=settings.progress)
 
     with stages.stage("train LoRA"):
-        peft_model = _plain_lora(model, settings)
+        peft_model = plain_lora(model, settings)
         _train(peft_model, examples, settings)
     with stages.stage("evaluate LoRA"):
         lora = judge(peft_model, energy_over_optimum(_peft_factors(peft_model), covariances, optimum))
@@ -130,7 +130,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return results
 
 
-class _Judge:
+class Judge:
     """Measures a model on the held-out facts and on held-out problems."""
 
     def __init__(self, tokenizer: Any, facts: list[Fact], progress: bool):
@@ -175,14 +175,16 @@ def reload_elsewhere(model: nn.Module, base: str, adapter: Path, input_ids: Tens
     return result
 
 
-def _load(path: str, dtype: torch.dtype, device: str) -> Any:
+def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
+    """Load a causal language model in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval()
 
 
-def _plain_lora(model: Any, settings: Settings) -> Any:
+def plain_lora(model: Any, settings: Settings) -> Any:
+    """Attach PEFT's LoRA as most people use it: every linear layer, ``lora_alpha = r``, no dropout."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(settings.seed)

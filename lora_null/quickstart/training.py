@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,12 @@ def fine_tune(
     learning_rate: float,
     seed: int = 0,
     progress: bool = True,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train what requires gradients: AdamW without weight decay, linear warm-up over a tenth of ``steps``, cosine.
 
-    The order of the examples depends on ``seed`` only, so that two methods see the same batches.
+    The order of the examples depends on ``seed`` only, so that two methods see the same batches. ``after_step`` is
+    called with the number of steps done.
 
     Returns:
         The training loss of every step, in nats per label.
@@ -77,6 +79,10 @@ def fine_tune(
                 losses.append(float(logs["loss"]))
                 self.bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
                 self.bar.update()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if after_step is not None:
+                after_step(state.global_step)
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
