@@ -138,6 +138,7 @@ class Judge:
         self.problems = encode_problems(tokenizer, word_problems(_TEST_PROBLEMS, seed=_TEST_SEED))
 
     def __call__(self, model: nn.Module, energies: list[float] | None = None) -> Outcome:
+        """Answer the questions and the problems; ``energies`` of the layers' A are reported by their median."""
         knowledge = score_facts(model, self.tokenizer, self.facts, progress=self.progress)
         loss = task_loss(model, self.problems, pad_batch, progress=self.progress)
         return Outcome(knowledge, loss, median(energies) if energies else None)
