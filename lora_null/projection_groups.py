@@ -142,6 +142,7 @@ class ProjectionGroup:
             and type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
             and not (lora_A.requires_grad or first.requires_grad)
             and any(ref() is lora_A for ref in self._factors)
+            and first.ndim == 2  # ZeRO-3 takes a factor away when its own layer has run
             # a checkpointed block must do the same in its recomputation as it did at first
             and (self._refreshes < _MAX_REFRESHES or _saved_tensor_hooks() is not None)
             and not x.is_inference()  # has no version, so that a change in place would go unnoticed

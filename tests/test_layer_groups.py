@@ -212,3 +212,14 @@ def test_any_sequence_of_calls_gives_what_unshared_layers_give(calls):
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_factor_that_is_gone_when_its_layer_has_run():
+    """ZeRO-3 keeps the values of a parameter only while its own layer runs."""
+    plain, shared = pair()
+    q, x = shared[0].q, tokens(2, 5)
+    factor, whole = q.lora_A.weight, q.lora_A.weight.data
+    q.register_forward_pre_hook(lambda *_: setattr(factor, "data", whole))
+    q.register_forward_hook(lambda *_: setattr(factor, "data", whole.new_empty(0)))
+    torch.testing.assert_close(shared(x), plain(x), rtol=1e-10, atol=1e-10)
