@@ -29,8 +29,10 @@ struct Isolated {
 
 at::IntArrayRef lead(const Tensor& x) { return x.sizes().slice(0, x.dim() - 1); }
 
+// (T, n) with unit inner stride: a product of other strides may round differently.
 Tensor rows(const Tensor& x) {
-  return x.dim() == 2 ? x : x.reshape({c10::multiply_integers(lead(x)), x.size(-1)});
+  const Tensor flat = x.dim() == 2 ? x : x.reshape({c10::multiply_integers(lead(x)), x.size(-1)});
+  return flat.stride(1) == 1 || flat.size(1) == 1 ? flat : flat.contiguous();
 }
 
 // Not a view to autograd, so that callers may write into it.
@@ -132,6 +134,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     ctx->save_for_backward({need_A ? x : Tensor(), need_x ? weight : Tensor(), need_x ? lora_A : Tensor(),
                             need_x || need_A ? lora_B : Tensor(), lora_B.requires_grad() ? S : Tensor(),
                             mixing.value_or(Tensor())});
+    if (!need_x && !need_A) ctx->mark_non_differentiable({S});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["m"] = weight.size(0);
     ctx->saved_data["bias"] = requires_grad(bias);
@@ -152,10 +155,10 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const Tensor &x = saved[0], &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3], &S = saved[4],
                  &mixing = saved[5];
     const double scaling = ctx->saved_data["scaling"].toDouble();
-    const auto leading = lead(given[0].defined() ? given[0] : given[1]);
-    const Tensor dy = given[0].defined()
-                          ? rows(given[0])
-                          : given[1].new_zeros({c10::multiply_integers(leading), ctx->saved_data["m"].toInt()});
+    const bool has_dy = given[0].defined();
+    const auto leading = lead(has_dy ? given[0] : given[1]);
+    const Tensor dy =
+        has_dy ? rows(given[0]) : given[1].new_zeros({c10::multiply_integers(leading), ctx->saved_data["m"].toInt()});
     if (lora_B.defined()) {
       Tensor dS = gradient_of_S(dy, lora_B, mixing, scaling);
       if (given[1].defined()) dS.add_(rows(given[1]));
@@ -164,8 +167,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
       }
       if (x.defined()) found[2] = mm_fp32(dS.t(), rows(x), 1);
     }
-    if (S.defined()) found[3] = gradient_of_B(dy, rows(S), mixing, scaling);
-    if (ctx->saved_data["bias"].toBool()) found[4] = dy.sum(0);
+    if (has_dy && S.defined()) found[3] = gradient_of_B(dy, rows(S), mixing, scaling);
+    if (has_dy && ctx->saved_data["bias"].toBool()) found[4] = dy.sum(0);
   }
 };
 

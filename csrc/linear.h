@@ -27,7 +27,8 @@ struct LinearCall {
 // backend that the environment asks for, any kind of tracing, and on a GPU more than max_products = T d m.
 bool takes(LinearCall& call, bool projected, double max_products);
 
-// Return y = x W^T + scaling S (B M)^T + bias (..., m) and S = x A^T (..., p), both differentiable once.
+// Return y = x W^T + scaling S (B M)^T + bias (..., m) and S = x A^T (..., p), both differentiable once; S only
+// where x or A requires a gradient.
 std::pair<at::Tensor, at::Tensor> lora_linear(const LinearCall& call);
 
 // Return y = x W^T + scaling P (B M)^T + bias (..., m).

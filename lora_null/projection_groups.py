@@ -11,11 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from . import ops
@@ -26,8 +28,13 @@ from .ops.dispatch import reason_against, requested_backend
 if TYPE_CHECKING:
     from .layers import LoraNullLinear
 
-# A row of A may lie outside the common row space by this many roundings of its dtype.
+# A row of A may lie outside the common row space by this many roundings of its dtype, of fp32 at most. What bf16 has
+# rounded off lies outside, where activations are larger than in a null space: taken from A_1 for every layer, it puts
+# 100 times a layer's own error into its output if they are 100 times larger.
 _ROUNDINGS = 8
+# fp16 holds numbers from 2^-24 to 2^16. With entries of M beyond this, those of P that matter are too small for it, or
+# those of B M too large: at 3000 the error is twice a layer's own, at 10000 the gradient of P overflows for a B of 1.
+_MAX_MIXING_IN_FP16 = 1000.0
 # Rows of A_1, made of equal length, may be this far from orthogonal, by their condition number: roundings of P grow by
 # it. Those of a LoRA-Null factor are orthogonal, those of a random one of r = d / 16 have 1.7.
 _MAX_CONDITION = 4.0
@@ -55,7 +62,9 @@ class ProjectionGroup:
 
     P is reused only for the same, unchanged tensor object, under the same gradient mode, autocast state,
     saved-tensor hooks (so never across the border of a checkpointed block) and thread, and once per layer. It is
-    dropped when the last layer has used it, when x is freed, or when another x comes along.
+    dropped when the last layer has used it, when x is freed, when another x comes along, or when a backward has gone
+    through it. Factors may change between calls in every way that torch counts; not by writing into ``.data``, after
+    which :func:`share_projections` has to be called again.
 
     A layer whose ``lora_A`` has become another parameter object computes its own projection: FSDP2 and offloading
     put a copy in its place for each forward, and what that holds cannot be told without reading it.
@@ -112,11 +121,11 @@ class ProjectionGroup:
             return None
         mixing = None
         if lora_A is not first:
-            mixing = self._mixing(layer, lora_A, first)
-            if mixing is None:
+            mixing, largest = self._mixing(layer, lora_A, first)
+            if mixing is None or (largest > _MAX_MIXING_IN_FP16 and _computes_in_fp16(x)):
                 return None
         scaling, bias = layer.scaling, layer.bias
-        entry, circumstances = self._entry, _circumstances(x)
+        entry, circumstances = self._entry, (*_circumstances(x), _state(first))
         if (
             entry is not None
             and entry.x() is x
@@ -134,6 +143,9 @@ class ProjectionGroup:
         self._entry = None
         y, P = ops.lora_linear_and_projection(x, layer.weight, first, lora_B, scaling=scaling, bias=bias, mixing=mixing)
         self._entry = _Entry(self._watch(x), x._version, circumstances, P, {id(layer)})
+        if P.grad_fn is not None:
+            # a backward frees the graph that a layer called after it would need
+            P.grad_fn.register_hook(partial(_drop_entry, weakref.ref(self)))
         return y
 
     def _may_share(self, layer: LoraNullLinear, x: Tensor, first: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
@@ -163,12 +175,12 @@ class ProjectionGroup:
         return watched
 
     @torch.no_grad()
-    def _mixing(self, layer: LoraNullLinear, lora_A: Tensor, first: Tensor) -> Tensor | None:
-        """Return ``M (r, r)`` with ``A = M A_1``, or ``None`` if A has left the common row space."""
-        key = tuple((factor.data_ptr(), factor._version, factor.dtype, factor.device) for factor in (lora_A, first))
+    def _mixing(self, layer: LoraNullLinear, lora_A: Tensor, first: Tensor) -> tuple[Tensor | None, float]:
+        """Return ``M (r, r)`` with ``A = M A_1``, or ``None`` if A left the common row space, and M's largest entry."""
+        key = _state(lora_A), _state(first)
         known = self._mixings.get(layer)
         if known is not None and known[0] == key:
-            return known[1]
+            return known[1], known[2]
         self._refreshes += known is not None
         mixing = row_space_coordinates(lora_A, first)
         if mixing is None:
@@ -177,8 +189,23 @@ class ProjectionGroup:
                 "Frozen lora_A of a group no longer have the row space that they shared, probably because other "
                 "values were loaded into them. Their layers compute their own projections from now on.",
             )
-        self._mixings[layer] = key, mixing
-        return mixing
+        # while they are watched, no other storage gets the identity of these
+        watched = [StorageWeakRef(factor.untyped_storage()) for factor in (lora_A, first)]
+        largest = 0.0 if mixing is None else float(mixing.abs().max())
+        self._mixings[layer] = key, mixing, largest, watched
+        return mixing, largest
+
+
+def _state(factor: Tensor) -> tuple:
+    """Return what differs if ``factor`` holds other values; its address alone may be that of one freed."""
+    storage = factor.untyped_storage()
+    return storage._cdata, factor.data_ptr(), factor._version, factor.dtype, factor.device
+
+
+def _drop_entry(group: weakref.ref[ProjectionGroup], *_: Any) -> None:
+    owner = group()
+    if owner is not None:
+        owner._entry = None
 
 
 def _gone() -> None:
@@ -189,6 +216,10 @@ def _circumstances(x: Tensor) -> tuple:
     """What has to be equal, besides x itself, for two calls to build the same piece of graph."""
     autocast, hooks = autocast_dtype(x.device.type), _saved_tensor_hooks()
     return torch.is_grad_enabled(), x.requires_grad, autocast, hooks and weakref.ref(hooks[0]), get_ident()
+
+
+def _computes_in_fp16(x: Tensor) -> bool:
+    return (autocast_dtype(x.device.type) or x.dtype) is torch.float16
 
 
 def _saved_tensor_hooks() -> tuple | None:
@@ -213,10 +244,12 @@ def row_space_coordinates(lora_A: Tensor, first: Tensor) -> Tensor | None:
         return None
     mixing = torch.linalg.solve(gram, exact @ rows.t(), left=False)
     outside = (exact - mixing @ rows).norm(dim=1)
-    tolerance = _ROUNDINGS * max(torch.finfo(lora_A.dtype).eps, torch.finfo(first.dtype).eps)
+    eps = max(torch.finfo(lora_A.dtype).eps, torch.finfo(first.dtype).eps)
+    tolerance = _ROUNDINGS * min(eps, torch.finfo(torch.float32).eps)
     if not bool((outside <= tolerance * exact.norm(dim=1)).all()):
         return None
-    return (mixing / lengths.t()).to(torch.promote_types(lora_A.dtype, torch.float32))
+    mixing = (mixing / lengths.t()).to(torch.promote_types(lora_A.dtype, torch.float32))
+    return mixing if bool(mixing.isfinite().all()) else None
 
 
 def share_projections(model: nn.Module) -> int:
@@ -225,6 +258,7 @@ def share_projections(model: nn.Module) -> int:
     A group is made of the layers directly under one module whose frozen ``lora_A`` span the same space. Whether they
     do read the same tensor is seen at every call, so that grouping too much costs nothing. Groups are no part of
     the state dict, of the parameters or of an exported adapter. Call it again after factors were replaced.
+    Factors held in bf16 or fp16 share only where they span one space to rounding of fp32, as equal ones do.
     """
     from .layers import adapter_layers
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from lora_null.layers import detach_adapter
+from lora_null.projection_groups import row_space_coordinates, share_projections
 
 # Matrices this small are slower on two threads, and much slower beside another process.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +44,42 @@ def test_sharing_is_as_exact_as_not_sharing(dtype, factor_dtype):
         # U, M and B M are three more roundings, of fp32 factors.
         slack = 3 * torch.finfo(torch.float32).eps
         assert error <= 2 * own_error + slack, f"{name}: {error:.3g}, unshared {own_error:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_factors_rounded_to_half_precision_are_not_shared_at_the_cost_of_the_null_space(dtype):
+    """What rounding adds to a factor sees activations that are much larger outside of the null space."""
+    plain, shared = pair(dtype=torch.float32)
+    space = torch.linalg.qr(plain[0].q.lora_A.weight.double().T)[0]
+    x = tokens(64, grad=False)
+    x = (x - 0.99 * x @ space @ space.T).to(dtype)
+    for model in (plain, shared):
+        with torch.no_grad():
+            for layer in (model[0].q, model[0].k):
+                layer.weight.zero_()
+                layer.bias = None
+        model.to(dtype)
+    share_projections(shared)
+    truth = copy.deepcopy(plain).double()[0].k(x.double())
+    shared[0].q(x)
+    error, own = ((model[0].k(x).double() - truth).norm() for model in (shared, plain))
+    assert error <= 2 * own
+
+
+def test_factors_of_very_different_lengths_in_fp16():
+    plain, shared = pair(dtype=torch.float32)
+    for model in (plain, shared):
+        with torch.no_grad():
+            model[0].q.lora_A.weight.mul_(1e-4)
+        for layer in (model[0].q, model[0].k):
+            layer.weight.data = layer.weight.half()
+        model[0].q.bias.data = model[0].q.bias.half()
+    assert share_projections(shared) == 1
+    x = tokens(64).half()
+    truth = copy.deepcopy(plain).double()[0].k(x.double())
+    shared[0].q(x)
+    error, own = ((model[0].k(x).double() - truth).norm() for model in (shared, plain))
+    assert error <= 2 * own
 
 
 def test_nothing_is_left_after_a_pass():
@@ -81,6 +118,31 @@ def test_a_failing_layer_leaves_no_wrong_projection(projections):
         x.mul_(2)
     projections.clear()
     assert_same(gradients(shared, x), gradients(plain, x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_backward_between_two_layers(grad):
+    """Its graph is gone; and without a gradient of x, there is none of P."""
+    plain, shared = pair()
+    results = []
+    for model in (plain, shared):
+        x = tokens(5, grad=grad)
+        for layer in (model[0].q, model[0].k):
+            layer(x).square().sum().backward()
+        results.append({"x": x.grad, "q": model[0].q.lora_B.weight.grad, "k": model[0].k.lora_B.weight.grad})
+    assert_same(*results, rtol=1e-10, atol=1e-10)
+    assert shared[0].q(tokens(5, grad=False)).requires_grad
+    assert group_of(shared)._entry is None or not group_of(shared)._entry.projected.requires_grad
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_whose_output_is_not_used_gets_no_gradient(grad):
+    plain, shared = pair()
+    for model in (plain, shared):
+        x = tokens(5, grad=grad)
+        model[0].q(x)
+        model[0].k(x).square().sum().backward()
+        assert model[0].q.lora_B.weight.grad is None and model[0].q.bias.grad is None
 
 
 def test_a_changed_tensor_is_projected_again():
@@ -150,6 +212,11 @@ def test_too_few_tokens_to_pay_for_the_folding_are_not_shared(projections):
         shared[0].q(x := tokens(count))
         shared[0].k(x)
         assert len(projections) == expected
+
+
+def test_rows_too_short_to_be_expressed_in():
+    first = torch.eye(4, D)
+    assert row_space_coordinates(first, first * 1e-40) is None
 
 
 def test_dropout_switches_sharing_off(projections):

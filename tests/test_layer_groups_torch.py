@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_null
-from lora_null.layers import detach_adapter
+from lora_null.layers import attach_adapter, detach_adapter
 from lora_null.projection_groups import row_space_coordinates, share_projections
 
 # Matrices this small are slower on two threads, and much slower beside another process.
@@ -112,6 +112,33 @@ def test_loading_another_first_factor_is_noticed(caplog, projections):
     projections.clear()
     assert_same(gradients(shared, x), want, rtol=1e-10, atol=1e-10)
     assert len(projections) == 3
+
+
+def test_factors_that_change_between_two_layers():
+    plain, shared = pair()
+    x = tokens(5, grad=False)
+    with torch.no_grad():
+        shared[0].q(x)
+        for model in (plain, shared):
+            model.load_state_dict({n: v * 2 if "lora_A" in n else v for n, v in model.state_dict().items()})
+        torch.testing.assert_close(shared[0].k(x), plain[0].k(x))
+
+
+def test_factors_in_the_memory_of_former_ones():
+    """After two changes through .data, address and version of a factor often are those of the first."""
+    d = 2**19
+    model, first = nn.Module(), torch.randn(1, d, generator=torch.Generator().manual_seed(5))
+    for name in "qk":
+        model.add_module(name, nn.Linear(d, 1, bias=False))
+        attach_adapter(getattr(model, name), first.clone(), torch.ones(1, 1))
+    assert share_projections(model) == 1
+    x, lora_A = torch.ones(1, d), model.k.lora_A.weight
+    with torch.no_grad():
+        for _ in range(5):
+            model.q(x)
+            torch.testing.assert_close(model.k(x), x @ (model.k.weight + lora_A).T, rtol=1e-3, atol=1e-2)
+            for _ in range(2):
+                lora_A.data = lora_A.data * 2
 
 
 def test_a_trained_or_removed_first_factor_ends_the_sharing(projections):

@@ -101,6 +101,67 @@ def test_one_of_two_outputs(used, taken):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_same_bits_with_any_strides(dtype, taken):
+    tensors = case((64,), 96, 80, 16, dtype, grad=("x", "lora_A", "lora_B"))
+    x = tensors.pop("x").detach()
+    dy = torch.randn(64, 80, generator=torch.Generator().manual_seed(1)).to(dtype)
+    columns = [t.t().contiguous().t() for t in (x, dy)]
+    results = []
+    for _ in range(2):
+        found = []
+        for given, cotangent in ((columns[0], dy), (x, columns[1]), (x, torch.ones_like(dy[0, 0]).expand(64, 80))):
+            leaves = given.detach().requires_grad_(), tensors["lora_A"], tensors["lora_B"]
+            y = ops.lora_linear(leaves[0], **tensors)
+            found += [y, *torch.autograd.grad(y, leaves, cotangent)]
+        results.append(found)
+        taken.off()
+    assert len(taken) == 3
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scaling", [None, "x", 2j, 10**400, [1.0]], ids=["None", "x", "2j", "huge", "list"])
+def test_a_scaling_that_is_no_number(scaling, taken):
+    tensors = case((5,), 7, 4, 3, torch.float32, grad=())
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError, OverflowError), match="float"):
+            ops.lora_linear(**tensors, scaling=scaling)
+        taken.off()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode(name):
+    """Tangents are not lost, whichever way the call takes."""
+    tensors = {n: t.detach() for n, t in case((5,), 7, 4, 3, torch.float64).items()}
+    tangent = torch.randn_like(tensors[name])
+    want = torch.func.jvp(lambda t: ops.lora_linear_reference(**{**tensors, name: t}), (tensors[name],), (tangent,))[1]
+    for grad in (False, True):
+        with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            dual = torch.autograd.forward_ad.make_dual(tensors[name], tangent)
+            y = ops.lora_linear(**{**tensors, name: dual})
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, want)
+    got = torch.func.jvp(lambda t: ops.lora_linear(**{**tensors, name: t}), (tensors[name],), (tangent,))[1]
+    torch.testing.assert_close(got, want)
+
+
+def test_an_output_without_a_gradient(taken):
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    tensors = case((5,), 7, 4, 3, torch.float32, grad=("x", "lora_B"))
+    S = torch.randn(5, 3, requires_grad=True)
+    for _ in range(2):
+        Silent.apply(ops.lora_up_linear(tensors["x"], tensors["weight"], S, tensors["lora_B"])).sum().backward()
+        assert tensors["x"].grad is None and tensors["lora_B"].grad is None and S.grad is None
+        taken.off()
+
+
 def test_a_view_of_the_input_and_of_the_cotangent(taken):
     tensors = case((6,), 8, 4, 3, torch.float32, grad=("lora_B",))
     x = torch.randn(8, 6).t()  # columns are contiguous

@@ -83,15 +83,19 @@ def _lora_linear_setup(ctx, inputs, output):
         mixing,
         seed,
     )
+    if not (need_x or need_A):
+        ctx.mark_non_differentiable(output[1])
 
 
 def _lora_linear_grad(ctx, dy, dS):
     if dy is None and dS is None:
         return (None,) * 9
+    needs = ctx.needs
     if dy is None:
         dy = dS.new_zeros(*dS.shape[:-1], ctx.m)
-    found = lora_linear_backward(dy, dS, *ctx.saved_tensors, ctx.d, ctx.scaling, ctx.dropout, ctx.needs)
-    return _gradients(found, ctx.needs, ctx.dtypes, 9)
+        needs = [needs[0], False, needs[2], False, False]
+    found = lora_linear_backward(dy, dS, *ctx.saved_tensors, ctx.d, ctx.scaling, ctx.dropout, needs)
+    return _gradients(found, needs, ctx.dtypes, 9)
 
 
 def _lora_linear_backward(dy, dS, x, weight, lora_A, lora_B, S, mixing, seed, d, scaling, dropout, needs):
@@ -158,6 +162,7 @@ def _lora_up_linear_setup(ctx, inputs, output):
     need_x, need_W, need_P, need_B, _ = ctx.needs = list(ctx.needs_input_grad[:5])
     ctx.dtypes = _dtypes(x, weight, projected, lora_B, bias)
     ctx.d = weight.shape[1]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if need_W else None,
         weight if need_x else None,
@@ -168,6 +173,8 @@ def _lora_up_linear_setup(ctx, inputs, output):
 
 
 def _lora_up_linear_grad(ctx, dy):
+    if dy is None:
+        return (None,) * 7
     found = lora_up_linear_backward(dy, *ctx.saved_tensors, ctx.d, ctx.scaling, ctx.needs)
     return _gradients(found, ctx.needs, ctx.dtypes, 7)
 

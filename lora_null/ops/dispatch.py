@@ -107,13 +107,18 @@ def use_reference(x: Tensor, *others: Tensor | None) -> bool:
     Raises:
         RuntimeError: A fallback is necessary and ``LORA_NULL_STRICT=1``.
     """
-    if requested_backend() == "torch":
+    if requested_backend() == "torch" or forward_mode():
         return True
     reason = reason_against(x, *others)
     if reason is None:
         return False
     fall_back("lora_linear", reason)
     return True
+
+
+def forward_mode() -> bool:
+    """Say whether forward-mode differentiation is on, whose tangents only torch's own operations carry along."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def traced_plainly(x: Tensor, dropout: float) -> bool:

@@ -37,9 +37,9 @@ def lora_linear(
 ) -> Tensor:
     """Apply a linear layer and its low-rank adapter: ``y = x W^T + s drop(x) A^T B^T + bias``.
 
-    Differentiable once in every tensor argument. ``weight`` and ``bias`` are usually frozen; if one requires a
-    gradient it gets the exact one, at the price of keeping x. Under autocast everything runs in the autocast
-    dtype, as ``torch.nn.functional.linear`` does.
+    Differentiable once in every tensor argument; forward mode runs plain torch operations. ``weight`` and ``bias``
+    are usually frozen; if one requires a gradient it gets the exact one, at the price of keeping x. Under autocast
+    everything runs in the autocast dtype, as ``torch.nn.functional.linear`` does.
 
     Args:
         x: ``(..., d)``, bf16, fp16, fp32 or fp64.
@@ -85,7 +85,7 @@ def lora_linear_and_projection(
     bias: Tensor | None = None,
     mixing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(y, S)`` of :func:`lora_linear` without dropout, ``S = x A^T`` ``(..., r)`` differentiable.
+    """Return ``(y, S)`` of :func:`lora_linear` without dropout, ``S = x A^T`` ``(..., r)`` differentiable in x and A.
 
     For the first of several layers that read the same x: the others take S through :func:`lora_up_linear`, their
     gradients of S come back to this operation, and ``dS A`` joins x's gradient inside this layer's own product.
@@ -172,14 +172,15 @@ def lora_project(
     return tuple(_linear_ops.lora_project(x, list(lora_As), dropout, _seed(dropout, seed)))
 
 
-def _compiled(name: str, *tensors: Tensor | float | None) -> Any:
+def _compiled(name: str, *arguments: Any) -> Any:
     """Let C++ make the products and their backward; ``None`` where it cannot, or Python has something to say.
 
     The interpreter takes longer over a call than the products do wherever there are few tokens.
     """
-    if torch.compiler.is_compiling() or (module := _extension.ready()) is None:
+    if torch.compiler.is_compiling() or dispatch.forward_mode() or (module := _extension.ready()) is None:
         return None
-    return getattr(module, name)(*tensors, dispatch.LAUNCH_BOUND)
+    *tensors, scaling = arguments
+    return getattr(module, name)(*tensors, float(scaling), dispatch.LAUNCH_BOUND)
 
 
 def _dropout_in_effect(dropout: float, training: bool) -> float:
