@@ -63,8 +63,11 @@ class ProjectionGroup:
     P is reused only for the same, unchanged tensor object, under the same gradient mode, autocast state,
     saved-tensor hooks (so never across the border of a checkpointed block) and thread, and once per layer. It is
     dropped when the last layer has used it, when x is freed, when another x comes along, or when a backward has gone
-    through it. Factors may change between calls in every way that torch counts; not by writing into ``.data``, after
-    which :func:`share_projections` has to be called again.
+    through it. Where x requires a gradient, outputs made of one P belong to one graph: separate backwards through
+    them need ``retain_graph=True``.
+
+    Factors may change between calls in every way that torch counts, which writing into their ``.data`` is not: call
+    :func:`share_projections` again after that.
 
     A layer whose ``lora_A`` has become another parameter object computes its own projection: FSDP2 and offloading
     put a copy in its place for each forward, and what that holds cannot be told without reading it.

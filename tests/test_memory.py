@@ -159,7 +159,7 @@ def constants(model):
     """Parameters, and the groups' r x r factors: held once for the life of the model."""
     groups = {id(g): g for m in model.modules() if (g := getattr(m, "projection_group", None)) is not None}
     for group in groups.values():
-        yield from (mixing for _, mixing in group._mixings.values())
+        yield from (mixing for _, mixing, *_ in group._mixings.values())
     yield from model.parameters()
 
 
