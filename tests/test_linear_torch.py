@@ -214,3 +214,16 @@ def test_a_tensor_subclass_goes_through_plain_torch(caplog):
     want = ops.lora_linear_reference(**tensors)
     got = ops.lora_linear(**(tensors | {"weight": tensors["weight"].as_subclass(Packed)}))
     torch.testing.assert_close(got.as_subclass(torch.Tensor), want)
+
+
+def test_torch_func_transforms():
+    x, W, A, B, bias = (t.detach() for t in case(torch.float64).values())
+
+    def loss(op):
+        return lambda x, B: op(x, W, A, B, scaling=0.7, bias=bias).square().sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        got, want = (transform(loss(op), argnums=1)(x, B) for op in (ops.lora_linear, ops.lora_linear_reference))
+        torch.testing.assert_close(got, want)
+    rows = torch.func.vmap(torch.func.grad(loss(ops.lora_linear), argnums=1), in_dims=(0, None))(x, B)
+    torch.testing.assert_close(rows.sum(0), torch.func.grad(loss(ops.lora_linear), argnums=1)(x, B))

@@ -107,7 +107,7 @@ def use_reference(x: Tensor, *others: Tensor | None) -> bool:
     Raises:
         RuntimeError: A fallback is necessary and ``LORA_NULL_STRICT=1``.
     """
-    if requested_backend() == "torch" or forward_mode():
+    if requested_backend() == "torch" or transformed():
         return True
     reason = reason_against(x, *others)
     if reason is None:
@@ -116,9 +116,11 @@ def use_reference(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
-def forward_mode() -> bool:
-    """Say whether forward-mode differentiation is on, whose tangents only torch's own operations carry along."""
-    return torch.autograd.forward_ad._current_level >= 0
+def transformed() -> bool:
+    """Say whether forward-mode differentiation or torch.func is at work, which only torch's own operations follow."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def traced_plainly(x: Tensor, dropout: float) -> bool:

@@ -177,7 +177,7 @@ def _compiled(name: str, *arguments: Any) -> Any:
 
     The interpreter takes longer over a call than the products do wherever there are few tokens.
     """
-    if torch.compiler.is_compiling() or dispatch.forward_mode() or (module := _extension.ready()) is None:
+    if torch.compiler.is_compiling() or dispatch.transformed() or (module := _extension.ready()) is None:
         return None
     *tensors, scaling = arguments
     return getattr(module, name)(*tensors, float(scaling), dispatch.LAUNCH_BOUND)
