@@ -178,7 +178,7 @@ def test_sizes_and_options_without_effect(calibrated_folder, run):
 def test_impossible_settings(calibrated_folder, run):
     folder = calibrated_folder
     init = ("init", folder / "model", folder / "cov", folder / "out")
-    refused(run, *init, "--r", 400, match="min")
+    refused(run, *init, "--r", 400, match="larger than d=48")
     refused(run, *init, "--target-modules", "no_proj", match="no_proj")
     refused(run, *init, "--dtype", "int8", match="dtype")
     refused(run, "inspect", folder / "cov", "--r", 400, match="expected 1 <= r < 48")
