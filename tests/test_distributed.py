@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_two, start_two
+from processes import leave, run_two, start_two
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -99,7 +99,7 @@ def _worker(folder: str) -> None:
             calibrate(Stack(), given, **options)
         except (OtherProcessFailed, TypeError, OSError) as error:
             (folder / f"error{number}.{rank}").write_text(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
+    leave()
 
 
 def _resumable(model: nn.Module, low_memory: bool, **options) -> Covariances:
@@ -113,7 +113,7 @@ def _slow_worker(folder: str, low_memory: str) -> None:
     folder, rank, model = Path(folder), dist.get_rank(), Stack()
     model.layers[0].register_forward_hook(lambda *_: time.sleep(0.02))
     _resumable(model, low_memory == "True", checkpoint=folder / "run", progress=False).save(folder / f"result.{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
