@@ -20,9 +20,8 @@ from .layers import stack_delta
 # Where a layer keeps (A0, B0) of a shifted base, by adapter name.
 INITIAL = "_lora_null_initial"
 _RECORD = "_lora_null_record"
-# How far A0 and B0 of a checkpoint may be from the layer's own, relative to their norms.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_TOLERANCE_HALF = 3e-2
+# How far A0 and B0 of a checkpoint may be from the layer's own, relative to their norms; more where they were rounded.
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,10 @@ def _unstack(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> No
         r, scaling = layer.r[name], layer.scaling[name]
         if key_A not in state_dict or key_B not in state_dict or len(state_dict[key_A]) < 2 * r:
             continue  # a plain state dict of the model
-        stored = state_dict[key_A].dtype
+        tolerance = _TOLERANCE if state_dict[key_A].dtype.itemsize >= 4 else _TOLERANCE_HALF
         lora_A, lora_B = state_dict[key_A].float(), state_dict[key_B].float() / scaling
         initial_A, initial_B = (factor.to(lora_A.device, torch.float32) for factor in (initial_A, initial_B))
         found = lora_A[:r] - lora_A[r : 2 * r], lora_B[:, r : 2 * r]
-        tolerance = _TOLERANCE.get(stored, _TOLERANCE_HALF)
         for got, own in zip(found, (initial_A, initial_B), strict=True):
             if got.shape != own.shape or (got - own).norm() > tolerance * own.norm():
                 raise ValueError(
