@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._logging import logger
 from ._weights import require_finite
@@ -99,6 +99,15 @@ def replaced_folder(path: Path, check: Callable[[], None]) -> Iterator[Path]:
         else:
             # It could not be put back, and is all that there is of the user's files.
             logger.error("%s could not be replaced; what it held before lies in %s.", path, old)
+
+
+def padded(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return the factors ``(r, d)`` and ``(m, r)`` with rows and columns of zeros, which change nothing.
+
+    Readers such as vLLM know one rank for the whole adapter.
+    """
+    padding = r - lora_A.shape[0]
+    return nn.functional.pad(lora_A, (0, 0, 0, padding)), nn.functional.pad(lora_B, (0, padding))
 
 
 def tensor_names(module_name: str) -> tuple[str, str]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._adapter_files import OWN_CONFIG, WEIGHTS, tensor_names, write_json
+from ._adapter_files import OWN_CONFIG, WEIGHTS, padded, tensor_names, write_json
 from .initialization import AdapterState
 from .layers import stack_delta
 
@@ -99,11 +99,8 @@ def _stack(path: Path, record: Record) -> int:
                 "PEFT's conversion (path_initial_model_for_weight_conversion) is not needed here: save_pretrained "
                 "writes an adapter for the untouched base by itself."
             )
-        stacked_A, stacked_B = stack_delta(lora_A, lora_B, scaling, (initial_A, initial_B))
-        # Readers such as vLLM know one rank for the whole adapter; rows of zeros change nothing.
-        padding = r - len(stacked_A)
-        tensors[key_A] = nn.functional.pad(stacked_A, (0, 0, 0, padding)).to(lora_A.dtype)
-        tensors[key_B] = nn.functional.pad(stacked_B, (0, padding)).to(lora_B.dtype)
+        stacked_A, stacked_B = padded(*stack_delta(lora_A, lora_B, scaling, (initial_A, initial_B)), r)
+        tensors[key_A], tensors[key_B] = stacked_A.to(lora_A.dtype), stacked_B.to(lora_B.dtype)
     # load_file may have mapped the old file, which therefore must stay until its name is taken over.
     new = path.with_suffix(".new")
     save_file(tensors, str(new), metadata={"format": "pt"})

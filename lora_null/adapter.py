@@ -20,6 +20,7 @@ from ._adapter_files import (
     WEIGHTS,
     AdapterFiles,
     check_target,
+    padded,
     read_adapter,
     replaced_folder,
     tensor_names,
@@ -128,11 +129,7 @@ def write_adapter(
     tensors = {}
     for name, (lora_A, lora_B) in factors.items():
         require_finite(f"The adapter of {name}", lora_A, lora_B, f", so it was not saved. {_DIVERGED}")
-        # Readers such as vLLM know one rank for the whole adapter; rows of zeros change nothing.
-        padding = r - lora_A.shape[0]
-        padded_A = nn.functional.pad(lora_A, (0, 0, 0, padding))
-        padded_B = nn.functional.pad(lora_B, (0, padding))
-        for key, tensor in zip(tensor_names(name), (padded_A, padded_B), strict=True):
+        for key, tensor in zip(tensor_names(name), padded(lora_A, lora_B, r), strict=True):
             tensors[key] = tensor.to("cpu", dtype or torch.float32).contiguous()
         stored_A, stored_B = (tensors[key] for key in tensor_names(name))
         advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
