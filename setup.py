@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "lora_null" / "__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "lora_null" / "_version.py").read_text()).group(1)
 
 
 def extension() -> dict:
@@ -33,7 +33,7 @@ def extension() -> dict:
         # The compiler is a convenience, not a condition: where it fails the package still installs,
         # and the extension is tried again on first use.
         optional=True,
-        # As in lora_null/_extension.py, which says why.
+        # As in lora_null/system/extension.py, which says why.
         extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden"]
         + (["-fopenmp"] if sys.platform.startswith("linux") else []),
     )
@@ -45,8 +45,16 @@ setup(
     # Listed one by one: find_packages() would also install the top-level folders tests and benchmarks.
     packages=[
         "lora_null",
+        "lora_null.adapters",
+        "lora_null.calibration",
+        "lora_null.cli",
+        "lora_null.covariances",
+        "lora_null.models",
         "lora_null.ops",
+        "lora_null.peft",
         "lora_null.quickstart",
+        "lora_null.solver",
+        "lora_null.system",
         "lora_null.kernels",
         "lora_null.csrc",
     ],

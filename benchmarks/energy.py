@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_null
-from lora_null._cli_inputs import read_texts, token_batches
+from lora_null.calibration.texts import read_texts, token_batches
 
 
 def excesses(exact: lora_null.Covariances, summed: lora_null.Covariances, ranks: list[int]) -> dict[int, dict]:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import lora_null
-from lora_null._cli_inputs import load_tokenizer, token_batches
+from lora_null.calibration.texts import token_batches
+from lora_null.models.loading import load_tokenizer
+from lora_null.models.targets import target_linears
 from lora_null.quickstart import run as quickstart
 from lora_null.quickstart.facts import country_facts
 from lora_null.quickstart.problems import word_problems
 from lora_null.quickstart.settings import Settings
 from lora_null.quickstart.training import encode_problems, fine_tune
-from lora_null.targets import target_linears
 
 from . import environment, records
 

@@ -8,15 +8,6 @@
 
 namespace {
 
-py::tuple exact(const at::Tensor& C, int64_t r) {
-  lora_null::Eigenpairs pairs;
-  {
-    py::gil_scoped_release release;
-    pairs = lora_null::exact(C, r);
-  }
-  return py::make_tuple(pairs.basis, pairs.values);
-}
-
 py::tuple filtered(const at::Tensor& C, int64_t r, double tol, int64_t oversample, int64_t max_cycles, int64_t seed,
                    bool patient) {
   lora_null::FilterResult result;
@@ -98,12 +89,10 @@ py::object lora_up_linear(py::handle x, py::handle weight, py::handle projected,
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled part of lora_null; use lora_null.null_space and lora_null.ops.";
-  module.def("exact", &exact, py::arg("C"), py::arg("r"));
   module.def("filtered", &filtered, py::arg("C"), py::arg("r"), py::arg("tol"), py::arg("oversample"),
              py::arg("max_cycles"), py::arg("seed"), py::arg("patient"));
   module.def("covariance_update", &lora_null::covariance_update, py::arg("C"), py::arg("x"),
              py::call_guard<py::gil_scoped_release>());
-  module.def("multiplies_bf16", &lora_null::multiplies_bf16);
   // Wrapped, errors keep their types: torch.OutOfMemoryError, or that of a Python hook on saved tensors.
   module.def("lora_linear", torch::wrap_pybind_function(&lora_linear));
   module.def("lora_up_linear", torch::wrap_pybind_function(&lora_up_linear));

@@ -101,11 +101,6 @@ void finish(const at::Tensor& C, int64_t r, const FilterOptions& options, const 
 
 }  // namespace
 
-Eigenpairs exact(const at::Tensor& C, int64_t r) {
-  auto [values, vectors] = at::linalg_eigh(C, "L");
-  return {vectors.narrow(1, 0, r).contiguous(), values.narrow(0, 0, r).contiguous()};
-}
-
 FilterResult filtered(const at::Tensor& C, int64_t r, const FilterOptions& options) {
   FilterResult result;
   Stopwatch watch;

@@ -11,14 +11,6 @@
 
 namespace lora_null {
 
-// Full symmetric eigensolver: values (r,) ascending, basis (d, r).
-struct Eigenpairs {
-  at::Tensor basis;
-  at::Tensor values;
-};
-
-Eigenpairs exact(const at::Tensor& C, int64_t r);
-
 struct FilterOptions {
   double tol;          // relative excess over the least possible energy
   int64_t oversample;  // Ritz vectors beyond r in the final Rayleigh-Ritz step

@@ -7,23 +7,22 @@ triton and peft are imported by the functions that need them.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from ._version import __version__
 
-# Modules carry other names than the functions in them: importing a submodule binds it as an attribute of the
-# package, which would otherwise hide the function.
+# No subpackage bears the name of a function: importing it would bind it here as an attribute and hide the function.
 _HOME = {
     "Covariances": "covariances",
     "LoraNullConfig": "config",
-    "LoraNullLinear": "layers",
+    "LoraNullLinear": "adapters",
     "NullSpace": "solver",
     "calibrate": "calibration",
-    "factorize": "factors",
-    "initialize": "initialization",
-    "load_adapter": "adapter",
-    "merge": "adapter",
+    "factorize": "solver",
+    "initialize": "adapters",
+    "load_adapter": "adapters",
+    "merge": "adapters",
     "null_space": "solver",
     "null_spaces": "solver",
-    "save_adapter": "adapter",
+    "save_adapter": "adapters",
 }
 _MODULES = ("ops", "peft")
 
@@ -47,14 +46,17 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import ops, peft
-    from .adapter import load_adapter, merge, save_adapter
-    from .calibration import calibrate
+    from .adapters.initialize import initialize
+    from .adapters.layer import LoraNullLinear
+    from .adapters.load import load_adapter
+    from .adapters.merge import merge
+    from .adapters.save import save_adapter
+    from .calibration.calibrate import calibrate
     from .config import LoraNullConfig
     from .covariances import Covariances
-    from .factors import factorize
-    from .initialization import initialize
-    from .layers import LoraNullLinear
-    from .solver import NullSpace, null_space, null_spaces
+    from .solver.factorize import factorize
+    from .solver.null_space import NullSpace, null_space
+    from .solver.null_spaces import null_spaces
 
 
 def __getattr__(name: str):

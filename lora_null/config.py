@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 ALL_LINEAR = "all-linear"
 
@@ -13,7 +14,8 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _help(text: str, default):
+def helped(text: str, default: Any) -> Any:
+    """Return a dataclass field with the help text of the command-line flag that sets it."""
     return field(default=default, metadata={"help": text})
 
 
@@ -34,12 +36,12 @@ class LoraNullConfig:
         seed: Seed of every randomised step of the initialisation.
     """
 
-    r: int = _help("Rank of the adapters.", 128)
-    lora_alpha: float | None = _help("Numerator of the scaling lora_alpha / r; defaults to r.", None)
-    target_modules: str | Sequence[str] = _help("all-linear, a regular expression or name suffixes.", ALL_LINEAR)
-    freeze_a: bool = _help("Train lora_B only, on the untouched base.", True)
-    lora_dropout: float = _help("Dropout on the adapter's input.", 0.0)
-    seed: int = _help("Seed of every randomised step.", 0)
+    r: int = helped("Rank of the adapters.", 128)
+    lora_alpha: float | None = helped("Numerator of the scaling lora_alpha / r; defaults to r.", None)
+    target_modules: str | Sequence[str] = helped("all-linear, a regular expression or name suffixes.", ALL_LINEAR)
+    freeze_a: bool = helped("Train lora_B only, on the untouched base.", True)
+    lora_dropout: float = helped("Dropout on the adapter's input.", 0.0)
+    seed: int = helped("Seed of every randomised step.", 0)
 
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._adapter_files import read_adapter
-from .covariances import Covariances
+from .adapters.files import read_adapter
+from .covariances.covariances import Covariances
 
 # Below this share of the largest eigenvalue the spectrum of an fp32 sum is rounding noise.
 _NOISE = float(torch.finfo(torch.float32).eps)

@@ -2,29 +2,15 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Test files that run themselves in processes of their own find the helpers too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")])
 
 import pytest
 import torch
-
-
-def make_llama(dtype=torch.float32, seed=0, **overrides):
-    """Return a LlamaForCausalLM of two layers with random weights, large enough to have a spectrum."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-    }
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).to(dtype).eval()
+from tiny_models import make_llama
 
 
 @pytest.fixture
@@ -122,10 +108,10 @@ def calibrated_folder(folder, run):
 @pytest.fixture
 def projections(monkeypatch):
     """Shapes of the projections that were computed, in Python for the purpose."""
-    from lora_null import _extension
     from lora_null.ops import vendor
+    from lora_null.system import extension
 
-    monkeypatch.setattr(_extension, "ready", lambda: None)
+    monkeypatch.setattr(extension, "ready", lambda: None)
     seen = []
     project = vendor.project
 

@@ -18,16 +18,16 @@ Attach = Callable[[nn.Module, str, Tensor, Tensor, bool], None]
 
 def attach_ours(parent: nn.Module, name: str, A: Tensor, B: Tensor, train_a: bool) -> None:
     """Make the layer a ``LoraNullLinear`` in place."""
-    from lora_null.layers import attach_adapter
+    from lora_null.adapters.layer import attach_adapter
 
     attach_adapter(getattr(parent, name), A.clone(), B.clone(), train_a=train_a)
 
 
 def share_projections(module: nn.Module) -> None:
     """Let our layers with frozen A's of one row space share a projection, as ``lora_null.initialize`` does."""
-    import lora_null.projection_groups
+    import lora_null.adapters.sharing
 
-    lora_null.projection_groups.share_projections(module)
+    lora_null.adapters.sharing.share_projections(module)
 
 
 class PlainLinear(nn.Module):

@@ -8,7 +8,6 @@ lora_null.kernels.tune`` measures and rewrites the data.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..system.environment import cache_folder
+from ..system.files import replacing
 
 __all__ = [
     "architecture",
@@ -51,10 +53,7 @@ def _cuda_architecture(index: int) -> str:
 
 def tuned_path(arch: str) -> Path:
     """Return where the tuning command keeps its result for ``arch``: below ``LORA_NULL_CACHE``."""
-    base = os.environ.get("LORA_NULL_CACHE")
-    if base is None:
-        base = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_null")
-    return Path(base) / "kernels" / f"{arch}.json"
+    return cache_folder() / "kernels" / f"{arch}.json"
 
 
 def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -96,10 +95,8 @@ def save_tuned(arch: str, over: dict[str, Any]) -> Path:
     path = tuned_path(arch)
     before = json.loads(path.read_text()) if path.exists() else {}
     data = _overlaid({"dispatch": {}, "kernels": {}, **before}, over)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")
     table.cache_clear()
     return path
 

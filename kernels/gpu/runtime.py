@@ -3,7 +3,6 @@
 Nothing here imports Triton before a launcher asks for it, so that the package loads on machines without it.
 """
 
-import os
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..system.environment import interprets_triton
 from . import config
 
 __all__ = [
@@ -35,7 +35,7 @@ def _installed() -> bool:
 
 def interpreting() -> bool:
     """Say whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return interprets_triton()
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -1,8 +1,9 @@
 """Operations on tensors, their plain-torch references and the choice between implementations."""
 
-from .covariance import covariance_backend, covariance_update, covariance_update_reference, symmetrize_
+from .covariance import covariance_backend, covariance_update, symmetrize_
 from .dispatch import explain
 from .linear import lora_linear, lora_linear_and_projection, lora_project, lora_up_linear
+from .reference import covariance_update_reference
 from .reference import lora_linear as lora_linear_reference
 from .reference import lora_project as lora_project_reference
 from .reference import lora_up_linear as lora_up_linear_reference

@@ -8,17 +8,14 @@ product, the definition that the others are tested against.
 ``LORA_NULL_COVARIANCE_BACKEND`` forces one of them; ``auto`` takes what the data of the architecture says.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
-from .. import _extension
-from .._logging import warn_once
+from ..system import extension
+from ..system.environment import fall_back, requested_covariance_backend
+from .reference import covariance_update_reference, full_precision
 
-__all__ = ["covariance_backend", "covariance_update", "covariance_update_reference", "symmetrize_"]
+__all__ = ["covariance_backend", "covariance_update", "symmetrize_"]
 
 BACKENDS = ("auto", "triton", "compiled", "blocks", "torch")
 
@@ -56,15 +53,6 @@ def covariance_update(C: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Te
     return C
 
 
-def covariance_update_reference(C: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Compute `covariance_update` by its definition: the full ``C += x^T x`` in C's type, both triangles."""
-    rows = x.detach().reshape(-1, x.shape[-1]).to(C.dtype)
-    if mask is not None:
-        rows = rows.masked_fill(~mask.reshape(-1, 1), 0)
-    with _full_precision():
-        return C.addmm_(rows.t(), rows)
-
-
 def symmetrize_(C: Tensor) -> Tensor:
     """Mirror the lower triangle of ``C`` ``(d, d)`` to the upper one, in place, and return ``C``.
 
@@ -91,12 +79,7 @@ def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
         ValueError: for an unknown ``LORA_NULL_COVARIANCE_BACKEND``.
         RuntimeError: under ``LORA_NULL_STRICT=1`` if the forced or preferred kernel cannot take the call.
     """
-    name = os.environ.get("LORA_NULL_COVARIANCE_BACKEND") or "auto"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"LORA_NULL_COVARIANCE_BACKEND={name!r} is unknown, expected one of {', '.join(BACKENDS)}; "
-            "unset it to let the package choose"
-        )
+    name = requested_covariance_backend(BACKENDS)
     if name == "auto":
         if x.device.type != "cuda":
             return "blocks" if _reason_against_compiled(x, dtype) else "compiled"
@@ -113,10 +96,7 @@ def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
         else:
             reason = _reason_against_compiled(x, dtype)
         if reason is not None:
-            message = f"covariance_update: the {name} kernel cannot take this call ({reason})"
-            if os.environ.get("LORA_NULL_STRICT") == "1":
-                raise RuntimeError(f"{message}, and LORA_NULL_STRICT=1 forbids falling back")
-            warn_once(f"covariance:{reason}", f"{message}; blocks through BLAS are used instead")
+            fall_back(f"covariance_update ({name})", reason, "blocks through BLAS")
             name = "blocks"
     return name
 
@@ -129,7 +109,7 @@ def _reason_against_compiled(x: Tensor, dtype: torch.dtype) -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
         return f"no AVX2 (torch calls this CPU {capability})"
-    return "there is no C++ extension" if _extension.load() is None else None
+    return "there is no C++ extension" if extension.load() is None else None
 
 
 def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
@@ -186,7 +166,7 @@ def _(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
 
 
 def _compiled(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
-    module = _extension.load()
+    module = extension.load()
     assert module is not None
     if mask is None:
         module.covariance_update(C, x)
@@ -210,7 +190,7 @@ def _blocks(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
         step = max(_CHUNK // x.shape[1], 256)
     else:
         step = _FLUSH if C.dtype == torch.float64 else x.shape[0]
-    with _full_precision():
+    with full_precision():
         for start in range(0, x.shape[0], step):
             piece = x[start : start + step]
             if mask is not None:
@@ -246,26 +226,3 @@ def _add_product(block: Tensor, left: Tensor, right: Tensor) -> None:
         block.add_(torch.mm(left.t(), right, out=left.new_empty(block.shape)))
     else:
         block.add_(torch.mm(left.t(), right, out_dtype=torch.float32))
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keep fp32 products fp32: TF32 (or bf16 on the CPU) would lose the eigenvalues this sum exists for."""
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the switches were set one by one, beside the legacy "highest"
-        legacy = "highest"
-    # while it and the switches disagree, torch raises where it asks whether cuBLAS may use TF32
-    if legacy != "highest":
-        torch.set_float32_matmul_precision("highest")
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if legacy != "highest":
-            torch.set_float32_matmul_precision(legacy)
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value

@@ -18,7 +18,6 @@ While torch.compile or torch.export traces, CPU tensors without dropout go throu
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -27,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._logging import warn_once
-from .._quantised import PLAIN_TENSORS
 from ..kernels.config import architecture, table
+from ..system.environment import fall_back, requested_backend
+from ..system.tensors import PLAIN_TENSORS
 from . import vendor
 
 PRODUCTS = ("project", "forward", "backward_dy", "backward_dx", "backward_dA")
@@ -89,16 +88,6 @@ def explain(
     return str(plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout))
 
 
-def requested_backend() -> str:
-    """Return the value of ``LORA_NULL_LINEAR_BACKEND``: ``auto``, ``triton``, ``cublas`` or ``torch``."""
-    value = os.environ.get("LORA_NULL_LINEAR_BACKEND") or "auto"
-    if value not in ("auto", "triton", "cublas", "torch"):
-        raise ValueError(
-            f"LORA_NULL_LINEAR_BACKEND is {value!r}; expected auto, triton, cublas or torch. Unset it for auto."
-        )
-    return value
-
-
 def use_reference(x: Tensor, *others: Tensor | None) -> bool:
     """Say whether this call has to go through plain torch, and log the reason once.
 
@@ -136,15 +125,6 @@ def traced_plainly(x: Tensor, dropout: float) -> bool:
     unmeasured. ``LORA_NULL_LINEAR_BACKEND=torch`` has them traced on any device.
     """
     return torch.compiler.is_compiling() and x.device.type == "cpu" and not dropout and requested_backend() == "auto"
-
-
-def fall_back(what: str, reason: str) -> None:
-    """Log once per reason that ``what`` uses plain torch, or raise in strict mode."""
-    message = f"{what} falls back to plain torch operations: {reason}."
-    if os.environ.get("LORA_NULL_STRICT") == "1":
-        raise RuntimeError(f"{message} LORA_NULL_STRICT=1 turns this fallback into an error.")
-    if not torch.compiler.is_compiling():
-        warn_once(f"fallback: {what}: {reason}", message)
 
 
 def reason_against(x: Tensor, *others: Tensor | None) -> str | None:

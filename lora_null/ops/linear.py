@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
-from . import _linear_ops, dispatch, reference
-from ._operation import autocast_dtype
+from ..system import extension
+from . import dispatch, linear_autograd, reference
+from .operation import autocast_dtype
 
 
 def lora_linear(
@@ -72,7 +72,7 @@ def lora_linear(
     if dispatch.traced_plainly(x, dropout):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias)
     seed = _seed(dropout, seed)
-    return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, None, float(scaling), dropout, seed)[0]
+    return linear_autograd.lora_linear(x, weight, lora_A, lora_B, bias, None, float(scaling), dropout, seed)[0]
 
 
 def lora_linear_and_projection(
@@ -103,7 +103,7 @@ def lora_linear_and_projection(
         return reference.lora_linear_and_projection(
             x, weight, lora_A, lora_B, scaling=scaling, bias=bias, mixing=mixing
         )
-    return _linear_ops.lora_linear(x, weight, lora_A, lora_B, bias, mixing, float(scaling), 0.0, None)
+    return linear_autograd.lora_linear(x, weight, lora_A, lora_B, bias, mixing, float(scaling), 0.0, None)
 
 
 def lora_up_linear(
@@ -142,7 +142,7 @@ def lora_up_linear(
     _check(x, weight, bias, mixing, projected=projected, lora_B=lora_B)
     if dispatch.traced_plainly(x, 0.0):
         return reference.lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing)
-    return _linear_ops.lora_up_linear(x, weight, projected, lora_B, bias, mixing, float(scaling))
+    return linear_autograd.lora_up_linear(x, weight, projected, lora_B, bias, mixing, float(scaling))
 
 
 def lora_project(
@@ -169,7 +169,7 @@ def lora_project(
         _check(x, lora_A=lora_A)
     if dispatch.traced_plainly(x, dropout):
         return reference.lora_project(x, *lora_As)
-    return tuple(_linear_ops.lora_project(x, list(lora_As), dropout, _seed(dropout, seed)))
+    return tuple(linear_autograd.lora_project(x, list(lora_As), dropout, _seed(dropout, seed)))
 
 
 def _compiled(name: str, *arguments: Any) -> Any:
@@ -177,7 +177,7 @@ def _compiled(name: str, *arguments: Any) -> Any:
 
     The interpreter takes longer over a call than the products do wherever there are few tokens.
     """
-    if torch.compiler.is_compiling() or dispatch.transformed() or (module := _extension.ready()) is None:
+    if torch.compiler.is_compiling() or dispatch.transformed() or (module := extension.ready()) is None:
         return None
     *tensors, scaling = arguments
     return getattr(module, name)(*tensors, float(scaling), dispatch.LAUNCH_BOUND)

@@ -6,6 +6,9 @@ gradients are; they run on anything that torch's own operators run on (CPU, floa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -88,3 +91,35 @@ def lora_linear_and_projection(
     """Return ``(y, x A^T)``; see :func:`lora_null.ops.lora_linear_and_projection`."""
     (projected,) = lora_project(x, lora_A)
     return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing), projected
+
+
+def covariance_update_reference(C: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Compute `covariance_update` by its definition: the full ``C += x^T x`` in C's type, both triangles."""
+    rows = x.detach().reshape(-1, x.shape[-1]).to(C.dtype)
+    if mask is not None:
+        rows = rows.masked_fill(~mask.reshape(-1, 1), 0)
+    with full_precision():
+        return C.addmm_(rows.t(), rows)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep fp32 products fp32: TF32 (or bf16 on the CPU) would lose the eigenvalues this sum exists for."""
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the switches were set one by one, beside the legacy "highest"
+        legacy = "highest"
+    # while it and the switches disagree, torch raises where it asks whether cuBLAS may use TF32
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value

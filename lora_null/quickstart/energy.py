@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..covariances import Covariances
+from ..covariances.covariances import Covariances
 
 
 def optimal_energies(covariances: Covariances, r: int, *, progress: bool = True) -> dict[str, float]:

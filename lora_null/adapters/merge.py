@@ -1,0 +1,115 @@
+"""Merge adapters into the weights, and write the merged model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.refusals import require_finite, require_writable
+from ..models.weights import shared_weights
+from ..models.wrappers import unwrapped
+from ..system.files import replaced_folder
+from .delta import shift_base
+from .export import _INDEX
+from .files import _DIVERGED
+from .layer import _require_layers, detach_adapter
+from .state import set_state
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its weight, computed in fp32 and rounded once, and restore the plain layers.
+
+    Sharded weights (FSDP2, tensor parallel) are merged shard by shard; all processes have to call this.
+
+    Returns:
+        The same model, with nothing of this package left on it.
+    """
+    wrapper, model = model, unwrapped(model)
+    layers = _require_layers(model)
+    shared = shared_weights(model)
+    for name, layer in layers.items():
+        require_writable(name, layer, "Merging", shared)
+        factors = layer.lora_A.weight, layer.lora_B.weight
+        require_finite(f"The adapter of {name}", *factors, f", so nothing was merged. {_DIVERGED}")
+    for layer in layers.values():
+        # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
+        shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
+        detach_adapter(layer)
+    set_state(model, None)
+    return wrapper
+
+
+# What a merged checkpoint may hold and be replaced, besides the files that its tokenizer has today: what versions of
+# transformers have written, and what they would read along with the new files. Anything else is the user's.
+_MERGED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    _INDEX,
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+)
+
+
+def check_merge_target(
+    path: Path, *, overwrite: bool, inputs: Iterable[str | os.PathLike] = (), tokenizer: Any = None
+) -> None:
+    """Refuse a folder that must not be replaced by a merged model: one with other files, or one of the ``inputs``.
+
+    Args:
+        path: The folder to write; a missing or an empty one is free.
+        overwrite: Allow replacing a model folder, which deletes what it holds: config, weights, tokenizer.
+        inputs: What the merge reads.
+        tokenizer: The one that will be saved; the files that it writes are its own, whatever their names.
+
+    Raises:
+        ValueError: ``path`` is one of the ``inputs``, links followed.
+        FileExistsError: ``path`` exists, and ``overwrite`` is not set or it holds more than a merged model.
+    """
+    for source in map(Path, inputs):
+        if source.exists() and source.resolve() == path.resolve():
+            raise ValueError(f"{path} is the folder {source} that the merge reads. Choose another output folder.")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already. Choose another folder, or pass --overwrite to replace it.")
+    if not (path / "config.json").exists():
+        raise FileExistsError(f"{path} is not a model folder (no config.json); it is not overwritten.")
+    with tempfile.TemporaryDirectory() as scratch:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        known = (*_MERGED_FILES, *os.listdir(scratch))
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if not entry.is_file() or not any(fnmatchcase(entry.name, pattern) for pattern in known)
+    )
+    if foreign:
+        raise FileExistsError(
+            f"{path} holds {foreign[:3]}{' and more' if len(foreign) > 3 else ''}, which are no files of a merged "
+            "model and which overwriting would delete. Move them away, or choose another folder."
+        )
+
+
+def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a model folder that appears whole or not at all.
+
+    Raises:
+        FileExistsError: ``output`` exists, and ``overwrite`` is not set or it holds more than a merged model.
+    """
+    path = Path(output)
+    with replaced_folder(path, partial(check_merge_target, path, overwrite=overwrite, tokenizer=tokenizer)) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)

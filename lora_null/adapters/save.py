@@ -1,0 +1,95 @@
+"""Save, load and merge adapters. On disk they are plain PEFT LoRA adapters on the untouched base model."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import LoraNullConfig
+from ..models.weights import is_distributed
+from ..models.wrappers import plain_name, unwrapped
+from ..system.distributed import in_first_process
+from ..system.log import logger
+from .files import (
+    published_name,
+    short_names,
+    write_adapter,
+)
+from .layer import _require_layers
+from .state import AdapterState, get_state
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Write the adapters of ``model`` as a PEFT adapter folder that needs nothing of this package to be used.
+
+    The rank is uniform and the scaling is folded into ``lora_B``, so that ``lora_alpha == r`` and every reader
+    (PEFT, vLLM, SGLang) applies the factor 1. With A frozen the rank on disk is ``r``. With A trained it is
+    ``2 r``, relative to the untouched base. A second file, ``lora_null.json``, lets
+    :func:`load_adapter` go on training; other readers ignore it.
+
+    With several processes, one of them has to call this. Where the factors are sharded (FSDP2, tensor parallel,
+    ZeRO-3) all have to: they are gathered, the first process writes, and the others wait for it.
+
+    Args:
+        model: A model patched by :func:`lora_null.initialize` or :func:`lora_null.load_adapter`, also inside DDP,
+            torch.compile or another module, or sharded by ``fully_shard`` or DeepSpeed.
+        path: The folder to make; it may exist and be empty. The adapter appears in it whole or not at all.
+        dtype: Of the tensors on disk; the default keeps fp32.
+        overwrite: Replace an existing adapter folder; its ``README.md`` is kept. A folder with other files in it is
+            always refused.
+        base_model_name_or_path: Written for the reader's information; the default is the model's own name,
+            without the leading folders of an absolute path.
+
+    Raises:
+        ValueError: The model carries no adapter, or one that holds NaN or Inf, in memory or in ``dtype``.
+        FileExistsError: ``path`` exists and must not be replaced.
+    """
+    model = unwrapped(model)
+    layers = _require_layers(model)
+    factors = {plain_name(name): layer.low_rank_delta() for name, layer in layers.items()}
+    some = next(iter(layers.values()))
+    adapted = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
+    if others:
+        logger.warning(
+            "%d parameters outside the adapters require gradients, for instance %s; what they learned is not in the "
+            "adapter that is saved.",
+            len(others),
+            others[0],
+        )
+    state = get_state(model) or AdapterState(LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r))
+    # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
+    names = [plain_name(name) for name, _ in model.named_modules()]
+    write = partial(
+        write_adapter,
+        Path(path),
+        factors,
+        target_modules=short_names(names, factors),
+        base_model_name_or_path=base_model_name_or_path or published_name(_base_name(model)),
+        task_type=_task_type(model),
+        own=state.to_dict(stacked=some.shifted),
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    in_first_process(write) if is_distributed(model) else write()
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """Return PEFT's name for the kind of model; without one, PEFT takes any and adds nothing to it."""
+    decoder = hasattr(model, "prepare_inputs_for_generation") and not getattr(model.config, "is_encoder_decoder", False)
+    return "CAUSAL_LM" if decoder else None
+
+
+def _base_name(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -1,0 +1,5 @@
+"""From texts to covariances: the model runs over batches, and the inputs of its layers are summed."""
+
+from .calibrate import calibrate, memory_plan
+
+__all__ = ["calibrate", "memory_plan"]

@@ -1,0 +1,155 @@
+"""From the input of a layer to the sum of its group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..covariances.packed import PackedMatrices, unpack_lower
+from ..ops.covariance import symmetrize_
+from ..system.distributed import add_up, exchange
+from .accumulator import Accumulator, Placement, Selection, Sum
+from .checkpoint import Progress
+from .shared_inputs import SharedInputs
+
+NORMALIZATIONS = (None, "reference")
+
+
+class Collector:
+    """Receives the layers' inputs of one batch after another.
+
+    Attributes:
+        batch: Number of the batch that is running.
+        shared: The groups found so far.
+        accumulator: Their sums.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        placement: Placement,
+        *,
+        share_inputs: bool = True,
+        normalize: str | None = None,
+    ):
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize is {normalize!r}; expected one of {NORMALIZATIONS}.")
+        self.linears = linears
+        self.normalize = normalize
+        self.shared = SharedInputs(share_inputs)
+        self.accumulator = Accumulator(placement)
+        self.batch = 0
+        self._selection = Selection(None)
+
+    def begin(self, batch: int, mask: Tensor | None) -> None:
+        """Start a batch whose tokens count where ``mask (B, L)`` is True; ``None``: all count."""
+        self.batch, self._selection = batch, Selection(mask)
+
+    def end(self) -> None:
+        """Finish the batch: raise ValueError if it held a NaN or an Inf."""
+        self.accumulator.check()
+
+    def receive(self, name: str, x: Tensor) -> None:
+        """Take the input ``x (..., d)`` of the layer ``name``."""
+        if not self.shared.receive(name, x):
+            return
+        # The caller's loop may run under inference_mode, whose tensors could never be updated outside of it, or
+        # under autocast, which would form the sums in bf16.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = x.detach()
+            self._check_alignment(name, x)
+            if self.normalize == "reference":
+                x = self._reference_normalized(x)
+            self.accumulator.add(name, x.reshape(-1, x.shape[-1]), self._selection, self.batch)
+
+    def progress(self) -> Progress:
+        """Describe the flushed sums for a checkpoint."""
+        sums = self.accumulator.sums
+        groups = {key: list(names) for key, names in self.shared.members().items()}
+        return Progress(
+            groups=groups,
+            tokens={key: sums[key].tokens for key in groups if key in sums},
+            calls={key: group.calls for key, group in self.shared.groups.items()},
+        )
+
+    def restore(self, progress: Progress, matrices: PackedMatrices, device_of: Mapping[str, torch.device]) -> None:
+        """Continue from a checkpoint, each sum on its device."""
+        self.shared.restore(progress.groups, progress.calls)
+        for key in matrices:
+            matrix = unpack_lower(matrices.packed(key), symmetric=False).to(device_of[key])
+            self.accumulator.sums[key] = Sum(key, matrix, progress.tokens[key])
+
+    def forget(self) -> None:
+        """Drop all sums and groups, to start on other layers."""
+        self.shared = SharedInputs(self.shared.share)
+        self.accumulator.sums.clear()
+
+    def _check_alignment(self, name: str, x: Tensor) -> None:
+        mask = self._selection.mask
+        if mask is None or (x.dim() == 2 and x.shape[0] == mask.numel()):
+            return
+        # an axis of one, for heads that share an input, leaves the rows in order
+        if [n for n in x.shape[:-1] if n != 1] == [n for n in mask.shape if n != 1]:
+            return
+        raise ValueError(
+            f"Batch {self.batch} has padding, mask {tuple(mask.shape)}, but the input of {name} is {tuple(x.shape)}: "
+            "its rows cannot be told apart into tokens and padding. Give batches without padding (one text each, "
+            'or packed), pass mask="none" if padding may count, or leave the layer out of target_modules.'
+        )
+
+    def _reference_normalized(self, x: Tensor) -> Tensor:
+        """Divide each sample by the absolute value of its signed maximum, as the published code does.
+
+        Samples with a large positive outlier are weighted down by its square, and the result is no longer the
+        second moment of the activations; for comparisons only. The published code's further division by 256 is
+        left out: a constant changes no null space.
+        """
+        samples = x.float()
+        if x.dim() < 3:
+            samples = samples.reshape(1, -1, x.shape[-1])
+        counted = samples
+        if self._selection.mask is not None:
+            mask = self._selection.mask.to(x.device).reshape(*samples.shape[:-1], 1)
+            counted = samples.masked_fill(~mask, -torch.inf)
+        largest = counted.flatten(1).amax(1).abs().nan_to_num(posinf=1.0)
+        scale = torch.where(largest == 0, 1.0, largest)
+        return (samples / scale.view(-1, *[1] * (samples.dim() - 1))).reshape(x.shape)
+
+
+def combined(collector: Collector) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, int]]:
+    """Add the flushed sums up over all processes and mirror them: matrices, groups and tokens by key.
+
+    A group's key becomes the first of its members in the order of the model, whichever was called first.
+    """
+    collector.shared.check()
+    order = {name: position for position, name in enumerate(collector.linears)}
+    sums = {}
+    for leader, names in collector.shared.members().items():
+        if leader in collector.accumulator.sums:
+            members = sorted(names, key=order.__getitem__)
+            sums[members[0]] = members, collector.accumulator.sums[leader]
+    described = {key: (members, entry.matrix.shape[0], entry.tokens) for key, (members, entry) in sums.items()}
+    groups: dict[str, list[str]] = {}
+    tokens: dict[str, int] = {}
+    sides: dict[str, int] = {}
+    for part in exchange(described):
+        for key, (members, d, count) in part.items():
+            if groups.setdefault(key, members) != members:
+                raise ValueError(
+                    f"{key} shares its input with {groups[key]} in one process and with {members} in another. Pass "
+                    "share_inputs=False to give each layer a covariance of its own."
+                )
+            sides[key], tokens[key] = d, tokens.get(key, 0) + count
+    groups = {key: groups[key] for key in sorted(groups, key=order.__getitem__)}
+    matrices = {}
+    for key in groups:
+        if key in sums:
+            entry = sums[key][1]
+            entry.queue, matrix = None, entry.matrix
+        else:
+            # this process had no batch that reached the layer
+            matrix = torch.zeros(sides[key], sides[key], dtype=collector.accumulator.placement.dtype)
+        matrices[key] = symmetrize_(add_up(matrix))
+    return matrices, groups, {key: tokens[key] for key in groups}

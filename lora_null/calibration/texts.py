@@ -1,0 +1,124 @@
+"""Calibration texts: files of documents, and the batches of tokens made of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Looked for in this order in the objects of a .jsonl file; an answer is appended where one stands beside it.
+TEXT_FIELDS = ("text", "question", "prompt", "instruction", "content")
+
+
+ANSWER_FIELDS = ("answer", "completion", "response", "output")
+
+
+def read_texts(data: str | Path, *, field: str | None = None) -> list[str]:
+    """Read calibration documents: the paragraphs of a text file, or one field of each line of a .jsonl file.
+
+    Args:
+        data: The file. A name ending in ``.jsonl`` is read as JSON lines, anything else as text whose documents
+            are separated by blank lines.
+        field: Which field of the JSON objects; the default is the first of :data:`TEXT_FIELDS` that exists, followed by
+            the first of :data:`ANSWER_FIELDS`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A line is not an object with that field, or nothing is left to read.
+    """
+    path = Path(data)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected a text file or a .jsonl file with calibration text.")
+    try:
+        # Some editors put a byte order mark first.
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
+        ) from None
+    if path.suffix.lower() == ".jsonl":
+        # splitlines() would also cut at the separators that JSON allows inside a string, such as U+2028.
+        numbered = enumerate(content.split("\n"), start=1)
+        texts = [_json_text(path, number, line, field) for number, line in numbered if line.strip()]
+    else:
+        texts = [paragraph.strip() for paragraph in re.split(r"\n[^\S\n]*\n", content)]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"{path} holds no text; expected calibration text like the model's pre-training data.")
+    return texts
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise a ValueError for a size below 1; None is no limit."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; expected a positive integer.")
+
+
+def token_batches(
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    sequence_length: int = 512,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Tokenise documents into padded batches, each with ``input_ids`` and ``attention_mask (B, L)``.
+
+    Documents keep their own beginning, as the model met them; longer ones than ``sequence_length`` are cut. With
+    ``max_tokens`` whole documents are drawn in an order that ``seed`` fixes. Batches are sorted by length, so that
+    little is padded.
+
+    Raises:
+        ValueError: The documents have no token, or a size is not positive.
+    """
+    check_sizes(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
+    order = list(range(len(texts)))
+    if max_tokens is not None:
+        random.Random(seed).shuffle(order)
+    pieces: list[list[int]] = []
+    total = 0
+    for index in order:
+        if max_tokens is not None and total >= max_tokens:
+            break
+        ids = tokenizer(texts[index])["input_ids"]
+        pieces.extend(ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length))
+        total += len(ids)
+    if not total:
+        raise ValueError(f"The {len(texts)} calibration documents have no token; expected text.")
+    pieces.sort(key=len)
+    return [_pad(pieces[i : i + batch_size], tokenizer.pad_token_id or 0) for i in range(0, len(pieces), batch_size)]
+
+
+def _pad(pieces: Iterable[list[int]], fill: int) -> dict[str, Tensor]:
+    pieces = list(pieces)
+    length = max(map(len, pieces))
+    ids = torch.tensor([piece + [fill] * (length - len(piece)) for piece in pieces])
+    mask = torch.tensor([[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _json_text(path: Path, number: int, line: str, field: str | None) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON ({error}); expected one object per line.") from None
+    if isinstance(entry, str):
+        return entry
+    names = (field,) if field else TEXT_FIELDS
+    found = [name for name in names if isinstance(entry, dict) and isinstance(entry.get(name), str)]
+    if not found:
+        has = sorted(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        raise ValueError(
+            f"{path}, line {number} has {has}; expected an object with a text field "
+            f"{' or '.join(names)}. Name it with --field."
+        )
+    answers = [] if field else [entry[name] for name in ANSWER_FIELDS if isinstance(entry.get(name), str)]
+    return "\n".join([entry[found[0]], *answers[:1]]).strip()

@@ -1,0 +1,5 @@
+"""The command line, ``lora-null``."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]

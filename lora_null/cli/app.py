@@ -1,0 +1,117 @@
+"""The command line ``lora-null``; every flag has the name of the Python argument that it sets.
+
+Libraries are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .._version import __version__
+from ..quickstart.settings import Settings
+from ..system.environment import switched_on
+from . import commands
+from .options import AsJson, Device, Progress, Rank, flags_of
+
+# What a user can cause and mend. Anything else is a defect of this package and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+
+app = typer.Typer(
+    name="lora-null",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (commands.calibrate, commands.init, commands.export, commands.merge):
+    app.command()(command)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Covariance file or adapter folder.", show_default=False)],
+    r: Rank = 128,
+    covariances: Annotated[
+        Path | None, typer.Option(help="With an adapter: measure how it answers to these activations.")
+    ] = None,
+    json: AsJson = False,
+    progress: Progress = True,
+) -> None:
+    """Print null energy, effective rank and condition number per layer, or what an adapter changes."""
+    from ..covariances.covariances import Covariances
+    from ..report import adapter_report, spectrum_report
+    from .output import print_adapter, print_spectra
+
+    if path.is_dir():
+        loaded = None if covariances is None else Covariances.load(covariances)
+        print_adapter(*adapter_report(path, loaded, progress=progress), as_json=json)
+    else:
+        if covariances is not None:
+            raise ValueError(
+                f"covariances is {covariances}, but {path} is no folder; the option goes with an adapter folder."
+            )
+        loaded = Covariances.load(path)
+        print_spectra(loaded, spectrum_report(loaded, r, progress=progress), r, as_json=json)
+
+
+@app.command()
+def bench(
+    d: Annotated[int, typer.Option("--d", help="Input features.")] = 2048,
+    m: Annotated[int, typer.Option("--m", help="Output features.")] = 2048,
+    r: Rank = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens per call.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "auto",
+    repeats: Annotated[int, typer.Option(help="Timed calls of each operation.")] = 7,
+    json: AsJson = False,
+) -> None:
+    """Time this package's operations beside plain torch on this machine, for one layer shape."""
+    from ..models.loading import choose_device, parse_dtype
+    from .bench import measure
+    from .output import print_timings
+
+    chosen = parse_dtype(dtype)
+    if chosen is None:
+        raise ValueError("dtype is auto; name one of float32, bfloat16, float16.")
+    timings = measure(d, m, r, tokens, dtype=chosen, device=choose_device(device), repeats=repeats)
+    print_timings(timings, f"d={d} m={m} r={r} tokens={tokens} {dtype}", as_json=json)
+
+
+@app.command()
+@flags_of(Settings)
+def quickstart(**settings: Any) -> None:
+    """Calibrate, fine-tune with LoRA and LoRA-Null, compare what each forgot, save, reload."""
+    from ..quickstart.run import run
+
+    run(Settings(**settings))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lora_null {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """LoRA-Null: adapters in the null space of a layer's activations."""
+
+
+def main() -> None:
+    """Run the command line. A mistake of the user ends in one message and exit code 2, not in a traceback."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        if switched_on("LORA_NULL_TRACEBACK"):
+            raise
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        typer.echo(f"error: {text or type(error).__name__}", err=True)
+        sys.exit(2)

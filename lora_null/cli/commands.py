@@ -1,0 +1,188 @@
+"""The commands that read a model or an adapter and write another: calibrate, init, export, merge."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import LoraNullConfig
+from .options import Device, Dtype, Method, Model, Overwrite, Progress, Rank, Seed, Targets, help_of, parse_targets
+
+
+def calibrate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Text file, or .jsonl file with one document per line.")],
+    output: Annotated[Path, typer.Option(help="Covariance file to write.")] = Path("covariances.safetensors"),
+    field: Annotated[str | None, typer.Option(help="Field of the .jsonl objects.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Read documents until this many tokens.")] = 65536,
+    sequence_length: Annotated[int, typer.Option(help="Longer documents are cut.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Documents per forward pass.")] = 16,
+    target_modules: Targets = "all-linear",
+    mask: Annotated[str, typer.Option(help="Which tokens count: attention or none.")] = "attention",
+    accumulate: Annotated[str, typer.Option(help="Precision of the sums: fp32 or fp64.")] = "fp32",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File of the sums in progress; an interrupted run goes on from it.")
+    ] = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="One decoder layer at a time.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Sum the activation covariances of a model over calibration text."""
+    from ..calibration.calibrate import calibrate as run
+    from ..calibration.checkpoint import check_checkpoint
+    from ..calibration.texts import check_sizes, read_texts, token_batches
+    from ..models.loading import load_model
+
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
+    if output.resolve() == data.resolve():
+        raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
+    refuse_existing(output, overwrite)
+    if checkpoint is not None:
+        refuse_below_file(checkpoint)
+        if checkpoint.resolve() == output.resolve():
+            raise ValueError(f"checkpoint and output are both {output}; expected a file for each. Name another one.")
+        check_checkpoint(checkpoint)
+    check_sizes(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
+    texts = read_texts(data, field=field)
+    config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    batches = token_batches(
+        tokenizer,
+        texts,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    covariances = run(
+        loaded,
+        batches,
+        config,
+        mask=mask,
+        accumulate=accumulate,
+        checkpoint=checkpoint,
+        low_memory=low_memory,
+        progress=progress,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    covariances.save(output, overwrite=overwrite)
+    typer.echo(f"{output}: {covariances!r}")
+
+
+def init(
+    model: Model,
+    covariances: Annotated[Path, typer.Argument(help="File written by calibrate.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Adapter folder to write.", show_default=False)],
+    r: Rank = 128,
+    lora_alpha: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "lora_alpha"))] = None,
+    target_modules: Targets = "all-linear",
+    freeze_a: Annotated[
+        bool, typer.Option("--freeze-a/--no-freeze-a", help=help_of(LoraNullConfig, "freeze_a"))
+    ] = True,
+    lora_dropout: Annotated[float, typer.Option(help=help_of(LoraNullConfig, "lora_dropout"))] = 0.0,
+    method: Annotated[Method, typer.Option(help="How the null spaces are computed.")] = Method.auto,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Write the adapter that training starts from; it changes no output of the model yet."""
+    from ..adapters.files import check_target
+    from ..adapters.initialize import initialize
+    from ..adapters.save import save_adapter
+    from ..covariances.covariances import Covariances
+    from ..models.loading import load_model
+
+    refuse_below_file(output)
+    check_target(output, overwrite)
+    config = LoraNullConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=parse_targets(target_modules),
+        freeze_a=freeze_a,
+        lora_dropout=lora_dropout,
+        seed=seed,
+    )
+    loaded_covariances = Covariances.load(covariances)
+    loaded, _ = load_model(model, dtype=dtype, device=device)
+    initialize(loaded, loaded_covariances, config, method=method.value, progress=progress)
+    save_adapter(loaded, output, overwrite=overwrite)
+    typer.echo(
+        f"{output}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "
+        "lora_null.peft.load_trainable(model, path)."
+    )
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Adapter or Trainer checkpoint folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder of the plain adapter to write.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="On disk: float32, bfloat16 or float16.")] = "float32",
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Of the run, where the checkpoint does not say it; default r.")
+    ] = None,
+    base_model_name_or_path: Annotated[
+        str | None, typer.Option(help="Written into the adapter; default: as in the checkpoint.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a checkpoint to a plain LoRA adapter: one rank, lora_alpha = r, no scaling left."""
+    from ..adapters.export import export_adapter
+    from ..adapters.files import check_target
+    from ..models.loading import parse_dtype
+
+    refuse_below_file(output)
+    check_target(output, overwrite)
+    r = export_adapter(
+        checkpoint,
+        output,
+        dtype=parse_dtype(dtype),
+        lora_alpha=lora_alpha,
+        base_model_name_or_path=base_model_name_or_path,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{output}: plain LoRA adapter of rank {r}.")
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold an adapter into its base model and write a plain Hugging Face checkpoint."""
+    from ..adapters.load import load_adapter
+    from ..adapters.merge import check_merge_target, save_merged
+    from ..adapters.merge import merge as fold
+    from ..models.loading import load_model, load_tokenizer
+
+    refuse_below_file(output)
+    check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model))
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
+    typer.echo(f"{output}: merged model.")
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Refuse before any work is done, not after."""
+    refuse_below_file(output)
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists already. Choose another path, or pass --overwrite to replace it.")
+
+
+def refuse_below_file(output: Path) -> None:
+    """Refuse an output whose folder cannot be made, because a file has its name, or cannot be written to."""
+    nearest = next((parent for parent in output.parents if parent.exists()), None)
+    if nearest is not None and not nearest.is_dir():
+        raise NotADirectoryError(f"{output} cannot be written: {nearest} is a file. Choose another path.")
+    if nearest is not None and not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{output} cannot be written: this user may not write to {nearest}. Choose another path.")

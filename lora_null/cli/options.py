@@ -1,0 +1,77 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from enum import Enum
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from ..config import LoraNullConfig
+
+
+class Method(str, Enum):
+    """How the null spaces are computed; see :func:`lora_null.null_space`."""
+
+    auto = "auto"
+    exact = "exact"
+    filtered = "filtered"
+
+
+def help_of(owner: type, name: str) -> str:
+    """Return the help text of the field ``name`` of a dataclass."""
+    return next(field.metadata["help"] for field in fields(owner) if field.name == name)
+
+
+def flags_of(owner: type) -> Callable[[Callable], Callable]:
+    """Give a command that takes ``**settings`` one flag for each field of the dataclass ``owner``."""
+    types: dict[str, Any] = get_type_hints(owner)
+    flags = [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[types[field.name], typer.Option(f"--{name}", help=field.metadata["help"])]
+            if len(name := field.name.replace("_", "-")) == 1
+            else Annotated[types[field.name], typer.Option(help=field.metadata["help"])],
+        )
+        for field in fields(owner)
+    ]
+
+    def decorate(command: Callable) -> Any:
+        vars(command)["__signature__"] = Signature(flags)
+        return command
+
+    return decorate
+
+
+Model = Annotated[str, typer.Argument(help="Folder or Hugging Face id of the base model.", show_default=False)]
+Rank = Annotated[int, typer.Option("--r", help=help_of(LoraNullConfig, "r"))]
+Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or suffixes with commas.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output of this command; other files are refused.")
+]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def parse_targets(target_modules: str) -> str | tuple[str, ...]:
+    """Read ``q_proj,v_proj`` as two suffixes; a single word without a dot or bracket is one suffix too."""
+    names = tuple(name.strip() for name in target_modules.split(",") if name.strip())
+    if target_modules == "all-linear" or any(sign in target_modules for sign in r"\*+?()[]|^$"):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules is {target_modules!r}, which is no regular expression ({error}); expected all-linear, "
+                "a regular expression over whole names, or suffixes with commas."
+            ) from None
+        return target_modules
+    return names

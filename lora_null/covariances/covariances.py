@@ -1,0 +1,139 @@
+"""The activation covariances of a model: what calibration makes and initialisation reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from .packed import DenseMatrices, PackedFile, PackedMatrices, write_packed
+
+_KIND = "lora_null.covariances"
+_VERSION = 1
+
+
+class Covariances:
+    """Uncentred second moments ``C = sum_t x_t x_t^T`` of the inputs of a model's linear layers.
+
+    Linear layers that read the same tensor (q, k and v of an attention block) form a group and share one
+    matrix. A group's key is the name of its first member; every member's name finds the matrix.
+
+    Args:
+        matrices: Group key to ``C (d, d)``, symmetric, float32 or float64.
+        groups: Group key to the names of all its members, in the order of the model, the key among them.
+        tokens: Group key to the number of tokens summed.
+        metadata: Where the numbers come from: model, data fingerprint, mask rule, ... Strings only.
+
+    Raises:
+        ValueError: The three mappings have different keys, a name is in two groups, or a matrix is not square.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Tensor],
+        groups: Mapping[str, Sequence[str]],
+        tokens: Mapping[str, int],
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.groups: dict[str, tuple[str, ...]] = {key: tuple(names) for key, names in groups.items()}
+        self.tokens: dict[str, int] = {key: int(count) for key, count in tokens.items()}
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self._matrices = matrices if isinstance(matrices, PackedMatrices) else DenseMatrices(matrices)
+        self._key_of = {name: key for key, names in self.groups.items() for name in names}
+        if not set(matrices) == set(self.groups) == set(self.tokens):
+            odd = sorted(set(matrices) ^ set(self.groups) | set(self.groups) ^ set(self.tokens))
+            raise ValueError(f"matrices, groups and tokens must have the same keys; not in all three: {odd}.")
+        if len(self._key_of) != sum(len(names) for names in self.groups.values()):
+            raise ValueError("A module name is in more than one group; expected every name in exactly one.")
+        for key, names in self.groups.items():
+            if key not in names:
+                raise ValueError(f"Group {key!r} has the members {names}; expected its key to be one of them.")
+
+    def group_of(self, name: str) -> str:
+        """Return the key of the group that the linear layer ``name`` belongs to."""
+        if name not in self._key_of:
+            known = ", ".join(list(self._key_of)[:3])
+            raise KeyError(
+                f"{name}: no covariance for this layer; there are {len(self._key_of)} layers ({known}, ...). "
+                "Were they calibrated on another model, or with other target_modules?"
+            )
+        return self._key_of[name]
+
+    def size(self, name: str) -> int:
+        """Return ``d``, the number of input features of ``name``, without reading the matrix."""
+        return self._matrices.sides[self.group_of(name)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._matrices[self.group_of(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._key_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def keys(self) -> list[str]:
+        """Return the group keys, in the order of the model."""
+        return list(self.groups)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over ``(key, C)``, one per group; matrices of a file are read one at a time."""
+        return ((key, self._matrices[key]) for key in self.groups)
+
+    def __repr__(self) -> str:
+        return (
+            f"Covariances({len(self)} matrices for {len(self._key_of)} linear layers, "
+            f"{max(self.tokens.values(), default=0)} tokens)"
+        )
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write one safetensors file, lower triangles only, atomically.
+
+        Args:
+            path: The file to write; missing folders are made.
+            overwrite: Replace an existing file. An interrupted save leaves the old file whole either way.
+
+        Raises:
+            FileExistsError: The file exists and ``overwrite`` is not set.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it, or choose another path.")
+        write_packed(
+            path,
+            self._matrices,
+            {
+                "kind": _KIND,
+                "version": str(_VERSION),
+                "groups": json.dumps(self.groups),
+                "tokens": json.dumps(self.tokens),
+                "provenance": json.dumps(self.metadata),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Covariances:
+        """Open a file of :meth:`save`. Matrices are mapped, and read when asked for.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is damaged, of another kind or of a newer version; the message says which.
+        """
+        file = PackedFile(Path(path), _KIND)
+        if file.metadata.get("version") != str(_VERSION):
+            raise ValueError(
+                f"{path} has format version {file.metadata.get('version')}; this lora_null reads version "
+                f"{_VERSION}. Upgrade lora_null or calibrate again."
+            )
+        try:
+            groups = {key: tuple(names) for key, names in json.loads(file.metadata["groups"]).items()}
+            tokens, metadata = json.loads(file.metadata["tokens"]), json.loads(file.metadata["provenance"])
+            return cls(file, groups, tokens, metadata)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: its header is incomplete or contradicts itself ({error}).") from error

@@ -1,0 +1,204 @@
+"""Symmetric matrices in one safetensors file: packed, checksummed, written atomically, read lazily."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..ops.covariance import symmetrize_
+from ..system.files import replacing
+from ..system.tensors import bytes_of
+
+_CODES = {torch.float32: "F32", torch.float64: "F64"}
+# The checksums are a tensor of the file, placed last: the header, which comes first, cannot hold what is only
+# known once the data has been streamed.
+_CHECKSUMS = "crc32"
+
+
+def pack_lower(matrix: Tensor) -> Tensor:
+    """Return the lower triangle of ``matrix (d, d)`` row by row, ``(d (d + 1) / 2,)``, on the CPU.
+
+    The strict upper triangle is never read. Copying row slices is about as fast as cloning the matrix and 5 times
+    faster than indexing with ``torch.tril_indices``, which also needs 16 bytes of indices per entry.
+    """
+    rows = matrix.detach().cpu().numpy()
+    d = len(rows)
+    packed = torch.empty(d * (d + 1) // 2, dtype=matrix.dtype)
+    flat, start = packed.numpy(), 0
+    for i in range(d):
+        flat[start : start + i + 1] = rows[i, : i + 1]
+        start += i + 1
+    return packed
+
+
+def unpack_lower(packed: Tensor, *, symmetric: bool = True) -> Tensor:
+    """Invert :func:`pack_lower`; the upper triangle mirrors the lower one, or is zero if not ``symmetric``."""
+    d = triangle_side(packed.numel())
+    matrix = torch.zeros(d, d, dtype=packed.dtype)
+    flat, rows, start = packed.numpy(), matrix.numpy(), 0
+    for i in range(d):
+        rows[i, : i + 1] = flat[start : start + i + 1]
+        start += i + 1
+    return symmetrize_(matrix) if symmetric else matrix
+
+
+def triangle_side(numel: int) -> int:
+    """Return ``d`` with ``d (d + 1) / 2 == numel``; ValueError if there is none."""
+    d = int(((8 * numel + 1) ** 0.5 - 1) / 2)
+    d += (d + 1) * (d + 2) // 2 <= numel
+    if d < 1 or d * (d + 1) // 2 != numel:
+        raise ValueError(f"{numel} numbers do not fill the lower triangle of a square matrix")
+    return d
+
+
+class PackedMatrices(Mapping[str, Tensor]):
+    """Symmetric matrices kept as packed lower triangles; each is unpacked when asked for, and not kept.
+
+    Attributes:
+        sides: Name to ``d``, in order.
+        dtype: Of all of them.
+    """
+
+    sides: dict[str, int]
+    dtype: torch.dtype
+
+    def packed(self, name: str) -> Tensor:
+        """Return the packed lower triangle of ``name``."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sides:
+            raise KeyError(name)
+        return unpack_lower(self.packed(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sides)
+
+    def __len__(self) -> int:
+        return len(self.sides)
+
+
+class DenseMatrices(PackedMatrices):
+    """Square matrices in memory, packed when asked for; the strict upper triangles are not read then."""
+
+    def __init__(self, matrices: Mapping[str, Tensor]):
+        dtypes = {matrix.dtype for matrix in matrices.values()}
+        if len(dtypes) > 1 or not dtypes <= set(_CODES):
+            raise ValueError(f"Matrices of {sorted(map(str, dtypes))}; expected all float32 or all float64.")
+        for name, matrix in matrices.items():
+            if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+                raise ValueError(f"The matrix of {name!r} is {tuple(matrix.shape)}; expected (d, d).")
+        self.dtype = next(iter(dtypes), torch.float32)
+        self.sides = {name: matrix.shape[0] for name, matrix in matrices.items()}
+        self._matrices = matrices
+
+    def packed(self, name: str) -> Tensor:
+        """Pack the lower triangle now."""
+        return pack_lower(self._matrices[name])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._matrices[name]
+
+
+class PackedMemory(PackedMatrices):
+    """Packed lower triangles in memory: half the bytes."""
+
+    def __init__(self, triangles: Mapping[str, Tensor], dtype: torch.dtype):
+        self.dtype = dtype
+        self.sides = {name: triangle_side(packed.numel()) for name, packed in triangles.items()}
+        self._triangles = triangles
+
+    def packed(self, name: str) -> Tensor:
+        """Return the triangle that is kept."""
+        return self._triangles[name]
+
+
+def write_packed(path: Path, matrices: PackedMatrices, metadata: dict[str, str]) -> None:
+    """Stream packed lower triangles into one safetensors file, atomically; an existing file is replaced.
+
+    Only one matrix is packed at a time, where ``safetensors.torch.save_file`` needs all of them: 11 GB for a 7B
+    model.
+    """
+    dtype, sides = matrices.dtype, matrices.sides
+    header: dict[str, dict] = {"__metadata__": {**metadata, "order": json.dumps(list(sides))}}
+    start = 0
+    for name, d in sides.items():
+        numel = d * (d + 1) // 2
+        end = start + numel * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": [numel], "data_offsets": [start, end]}
+        start = end
+    header[_CHECKSUMS] = {
+        "dtype": "U32",
+        "shape": [len(sides)],
+        "data_offsets": [start, start + 4 * len(sides)],
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        checksums = []
+        for name in sides:
+            data = bytes_of(matrices.packed(name))
+            checksums.append(zlib.crc32(data))
+            file.write(data)
+        file.write(struct.pack(f"<{len(checksums)}I", *checksums))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class PackedFile(PackedMatrices):
+    """The matrices of a file of :func:`write_packed`, each read, checked and unpacked when asked for.
+
+    The file stays mapped: replacing or deleting it afterwards does not disturb the reader.
+
+    Args:
+        path: The file.
+        kind: What its metadata must give as ``kind``; anything else is foreign.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Damaged, foreign, or written by a newer version; the message names the file and the cause.
+    """
+
+    def __init__(self, path: Path, kind: str):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; expected one of {kind}.")
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as a safetensors file ({error}). It is damaged, cut short, or of another "
+                f"format; pickled files are never opened. Expected a file of {kind}: write it again."
+            ) from error
+        if self.metadata.get("kind") != kind:
+            raise ValueError(
+                f"{path} is a safetensors file of kind {self.metadata.get('kind')!r}, not of {kind!r}. "
+                "Was the path of another file given, perhaps of a model or an adapter?"
+            )
+        try:
+            names = json.loads(self.metadata["order"])
+            self.sides = {name: triangle_side(*self._file.get_slice(name).get_shape()) for name in names}
+            code = self._file.get_slice(names[0]).get_dtype() if names else "F32"
+            self.dtype = {code: dtype for dtype, code in _CODES.items()}[code]
+            checksums = self._file.get_tensor(_CHECKSUMS).tolist()
+            self._checksums = dict(zip(names, checksums, strict=True))
+        except (KeyError, ValueError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged: its contents do not fit its header ({error}).") from error
+
+    def packed(self, name: str) -> Tensor:
+        """Return the packed lower triangle of ``name``, verified against its checksum."""
+        tensor = self._file.get_tensor(name)
+        if zlib.crc32(bytes_of(tensor)) != self._checksums[name]:
+            raise ValueError(f"{self.path} is damaged: the checksum of {name!r} does not match its data.")
+        return tensor

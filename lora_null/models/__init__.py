@@ -1,0 +1,1 @@
+"""Questions about a model: which layers, whose weights, which wrappers, and why not."""

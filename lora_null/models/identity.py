@@ -1,0 +1,84 @@
+"""Which weights a result belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..system.tensors import bytes_of
+from .quantised import is_dense
+from .weights import dense_weight, gathered, materialized
+
+# Elements of each weight that enter the fingerprint: enough to tell two models apart, and 120 layers of a
+# 135M model take 10 ms.
+_SAMPLES = 64
+
+
+def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
+    """Hash names, shapes and a sample of the values of pre-trained weights, whatever dtype they were loaded in.
+
+    The values are rounded to bf16, so that a bf16 checkpoint loaded in fp32 is the same model. Quantised
+    weights have no values to compare: ``None``.
+    """
+    digest = hashlib.sha256()
+    for name, linear in linears.items():
+        with materialized(linear):
+            weight = linear.weight
+            if not is_dense(linear):
+                return None
+            flat = dense_weight(linear).flatten()
+            step = max(1, flat.numel() // _SAMPLES)
+            sample = flat[::step][:_SAMPLES].to("cpu", torch.bfloat16)
+        digest.update(f"{name}:{tuple(weight.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Width of the table over which the bits of a weight are summed, in 8-byte words.
+_COLUMNS = 4096
+
+
+def weights_key(model: nn.Module) -> str:
+    """Hash every parameter and persistent buffer of ``model``: names, shapes, dtypes and all bits.
+
+    The bits enter as row and column sums of wrapping 64-bit integers, formed where the tensor lies: exact, in
+    any order, so that one changed bit changes the key and a swap of values does too. On a CPU this is 8 times faster
+    than a cryptographic hash of all bytes (0.09 s against 0.7 s for 0.5 GB), and a GPU's weights stay there.
+    It protects against mistakes, not against an adversary.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for prefix, module in model.named_modules():
+        own = [*module._parameters.items(), *module._buffers.items()]
+        if not any(tensor is not None for _, tensor in own):
+            continue
+        # accelerate takes a second to import, and is needed only where it has put its hooks
+        with materialized(module) if hasattr(module, "_hf_hook") else nullcontext():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None or name in module._non_persistent_buffers_set:
+                    continue
+                digest.update(f"{prefix}.{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+                _add_bits(digest, tensor)
+    return digest.hexdigest()
+
+
+def digest_of(values: Iterable[str]) -> str:
+    """Hash strings in order."""
+    return hashlib.blake2b("\n".join(values).encode(), digest_size=16).hexdigest()
+
+
+def _add_bits(digest, tensor: Tensor) -> None:
+    tensor = gathered(tensor.detach())
+    if tensor.is_meta:
+        return
+    # clone: a view of 8-byte words needs an aligned start
+    flat = tensor.contiguous().view(-1)
+    flat = flat.clone() if flat.storage_offset() else flat
+    bits = flat.view(torch.uint8)
+    words = bits[: bits.numel() // 8 * 8].view(torch.int64)
+    table = words[: words.numel() // _COLUMNS * _COLUMNS].view(-1, _COLUMNS)
+    for part in (table.sum(0), table.sum(1), words[table.numel() :], bits[words.numel() * 8 :]):
+        digest.update(bytes_of(part.cpu()))

@@ -1,0 +1,155 @@
+"""Which linear layers of a model receive an adapter, and the only place that decides it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config import ALL_LINEAR
+from ..system.log import warn_once
+
+_CLASSIFIERS = ("score", "classifier")
+
+
+def output_head_names(model: nn.Module) -> set[str]:
+    """Return the module names of the output head, which stays without an adapter: ``lm_head`` in LLaMA.
+
+    In a transformers model without one it is the head of a classifier, under the names that PEFT knows.
+    """
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    heads = [getter()] if getter is not None else []
+    if heads == [None]:
+        heads = [getattr(model, name, None) for name in _CLASSIFIERS]
+    inside = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+    return {name for name, module in model.named_modules() if id(module) in inside} | {"lm_head"}
+
+
+def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
+    """Select linear layers as PEFT does, by name.
+
+    Args:
+        model: Any model; only ``nn.Linear`` and its subclasses are considered.
+        target_modules: ``"all-linear"``, a regular expression that must match the whole name, or names: a
+            module is selected when its name equals one or ends in ``.`` and one of them.
+
+    Returns:
+        Name to module, in the model's own order. What was wished for but is no linear layer of its own, such as
+        experts fused into one parameter, is named in a warning, and so are layers on which PEFT cannot load an
+        adapter; ``"all-linear"`` leaves those out.
+
+    Raises:
+        ValueError: The model has no linear layer, or a wish matches none.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # PEFT's own factors are linear layers too; only what they adapt counts.
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    inside = tuple(f"{name}.lora_" for name in adapted)
+    linears = {name: module for name, module in linears.items() if not name.startswith(inside)}
+    heads = output_head_names(model)
+    if not set(linears) - heads:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to adapt (found {len(linears)}, output heads aside). "
+            "Expected a model built of torch.nn.Linear: layers of other kinds (GPT-2's Conv1D, experts fused into one "
+            "parameter, layers replaced by another library) cannot be adapted."
+        )
+    stacks = _stacked_weights(model)
+    if target_modules == ALL_LINEAR:
+        _warn_of_stacks(model, stacks)
+        lost = _lost_by_peft(model, [name for name in linears if name not in heads], "get no adapter")
+        return {name: module for name, module in linears.items() if name not in heads | lost}
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is not a regular expression ({error}). For name suffixes "
+                "pass a list."
+            ) from None
+        wishes: dict[str, Callable[[str], object]] = {target_modules: pattern.fullmatch}
+    else:
+        wishes = {
+            wish: lambda name, wish=wish: name == wish or name.endswith("." + wish)  # type: ignore[misc]
+            for wish in target_modules
+        }
+    matched = {wish: {name for name in linears if selects(name)} for wish, selects in wishes.items()}
+    wished = {name: size for name, size in stacks.items() if any(selects(name) for selects in wishes.values())}
+    missing = [wish for wish, found in matched.items() if not found]
+    if missing:
+        endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        fused = f" ({_starred(wished)}: matrices fused into one parameter, which get no adapter)" if wished else ""
+        raise ValueError(
+            f"target_modules names {missing}, which match no linear layer of {type(model).__name__}{fused}. Its linear "
+            f'layers end in {endings}; use a list of these, a regular expression over whole names, or "all-linear".'
+        )
+    _warn_of_stacks(model, wished)
+    names = set().union(*matched.values())
+    _lost_by_peft(model, names, "get one because target_modules names them")
+    return {name: module for name, module in linears.items() if name in names}
+
+
+def _lost_by_peft(model: nn.Module, names: Iterable[str], fate: str) -> set[str]:
+    """Return, and name in a warning, the layers on which PEFT cannot load the adapter that it finds in a file.
+
+    CUDA kernels of Mamba models read the weight of ``out_proj`` past the layer, so that PEFT refuses it. Where
+    transformers 5 has fused a model's experts, PEFT takes ``gate_proj``, ``up_proj`` and ``down_proj`` of its other
+    layers for experts in checkpoints of older versions, and drops them.
+    """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return set()
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:
+        return set()
+    lost = set()
+    for ending in {name.rsplit(".", 1)[-1] for name in names}:
+        config = LoraConfig(target_modules=[ending])
+        try:
+            convert(config, model, None)
+            getattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)(config, model, ending)
+        except ValueError:
+            lost.add(ending)
+        else:
+            lost |= {ending} - set(config.target_modules or ())
+    found = {name for name in names if name.rsplit(".", 1)[-1] in lost}
+    if found:
+        message = (
+            f"PEFT cannot load adapters on these layers of {type(model).__name__}: {_starred(sorted(found))}. They "
+            f"{fate}."
+        )
+        warn_once(message, message)
+    return found
+
+
+def _stacked_weights(model: nn.Module) -> dict[str, int]:
+    """Return the matrices stacked into one parameter, as transformers 5 keeps a layer's experts, with their sizes."""
+    return {
+        f"{prefix}.{name}".lstrip("."): parameter.numel()
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2 and min(parameter.shape) > 1
+    }
+
+
+def _starred(names: Iterable[str]) -> str:
+    """Name parameters with a star for their numbers: the layers of a model differ by these only."""
+    return ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+
+
+def _warn_of_stacks(model: nn.Module, sizes: Mapping[str, int]) -> None:
+    if not sizes:
+        return
+    share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
+    message = (
+        f"{type(model).__name__} keeps matrices, such as the experts of a layer, fused into one parameter each: "
+        f"{_starred(sizes)} ({len(sizes)} parameters, {share:.0%} of all weights). They are no torch.nn.Linear and get "
+        "no covariance and no adapter; only the linear layers do. If the experts must learn, adapt them by other "
+        "means, such as PEFT's target_parameters."
+    )
+    warn_once(message, message)

@@ -1,0 +1,326 @@
+"""The custom operations behind :mod:`lora_null.ops.linear`: plain tensors in, plain tensors out, nothing in place.
+
+Each backward is an operation of its own that returns the gradients that are needed, in the order of the inputs.
+Gradients of the small factors leave it in fp32 and are cast to the factor's dtype outside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .operation import Operation
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View ``(..., n)`` as ``(T, n)`` with unit inner stride, copying only where that is impossible."""
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _unrows(rows: Tensor, lead: torch.Size) -> Tensor:
+    """Give ``(T, n)`` the leading dimensions back; not a view to autograd, so that callers may write into it."""
+    return rows if len(lead) == 1 else torch.ops.aten._unsafe_view(rows, (*lead, rows.shape[1]))
+
+
+def _factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _gradients(found: list[Tensor], needs: list[bool], dtypes: list[torch.dtype | None], inputs: int) -> tuple:
+    """Spread the gradients found over the positions that asked for one, cast to the inputs' dtypes."""
+    remaining = iter(found)
+    spread = [next(remaining).to(dtype) if need and dtype else None for need, dtype in zip(needs, dtypes, strict=True)]
+    return (*spread, *[None] * (inputs - len(spread)))
+
+
+def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    return [None if t is None else t.dtype for t in tensors]
+
+
+def _folded(lora_B, mixing):
+    """Return ``B M (m, p)`` for a projection of which A is ``M`` times the factor, in the precision of M.
+
+    Made again in the backward: as many bytes as B would otherwise be kept for every layer.
+    """
+    return lora_B if mixing is None else torch.mm(lora_B.to(mixing.dtype), mixing)
+
+
+def _unfolded(dB, mixing):
+    """Turn the gradient of ``B M`` into that of B."""
+    return dB if mixing is None else torch.mm(dB.to(mixing.dtype), mixing.t())
+
+
+# ---- y = x W^T + s drop(x) A^T (B M)^T + bias ----
+
+
+def _lora_linear(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed):
+    """Return ``y (..., m)`` and ``S = drop(x) A^T (..., r)``."""
+    rows, number = _rows(x), int(seed) if dropout else 0
+    plan = dispatch.plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout)
+    (S,) = plan.project(rows, (lora_A,), dropout=dropout, seed=number)
+    y = plan.forward(rows, weight, S, _folded(lora_B, mixing), scaling=scaling, bias=bias)
+    return _unrows(y, x.shape[:-1]), _unrows(S, x.shape[:-1])
+
+
+def _lora_linear_fake(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed):
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], lora_A.shape[0])
+
+
+def _lora_linear_setup(ctx, inputs, output):
+    x, weight, lora_A, lora_B, bias, mixing, ctx.scaling, ctx.dropout, seed = inputs
+    need_x, need_W, need_A, need_B, _ = ctx.needs = list(ctx.needs_input_grad[:5])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = _dtypes(x, weight, lora_A, lora_B, bias)
+    ctx.m, ctx.d = weight.shape
+    ctx.save_for_backward(
+        x if need_A or need_W else None,
+        weight if need_x else None,
+        lora_A if need_x else None,
+        lora_B if need_x or need_A else None,
+        output[1] if need_B else None,
+        mixing,
+        seed,
+    )
+    if not (need_x or need_A):
+        ctx.mark_non_differentiable(output[1])
+
+
+def _lora_linear_grad(ctx, dy, dS):
+    if dy is None and dS is None:
+        return (None,) * 9
+    needs = ctx.needs
+    if dy is None:
+        dy = dS.new_zeros(*dS.shape[:-1], ctx.m)
+        needs = [needs[0], False, needs[2], False, False]
+    found = lora_linear_backward(dy, dS, *ctx.saved_tensors, ctx.d, ctx.scaling, ctx.dropout, needs)
+    return _gradients(found, needs, ctx.dtypes, 9)
+
+
+def _lora_linear_backward(dy, dS, x, weight, lora_A, lora_B, S, mixing, seed, d, scaling, dropout, needs):
+    """Return the needed ones of ``dx, dW, dA, dB, dbias``; ``dS`` is the gradient that S got from elsewhere."""
+    need_x, need_W, need_A, need_B, need_bias = needs
+    dy_rows, number = _rows(dy), int(seed) if dropout else 0
+    need_dS = need_x or need_A
+    folded_B, S_rows = _folded(lora_B, mixing) if need_dS else None, _rows(S) if need_B else None
+    r = S.shape[-1] if need_B else folded_B.shape[1] if need_dS else 0
+    plan = dispatch.plan(dy_rows, dy.shape[-1], r, weight=weight, d=d, dropout=dropout)
+    own_dS, dB = plan.backward_dy(dy_rows, S_rows, folded_B, scaling=scaling, need_dS=need_dS, need_dB=need_B)
+    if dS is not None and own_dS is not None:
+        own_dS.add_(_rows(dS))
+    found = []
+    if need_x:
+        dx = plan.backward_dx(dy_rows, weight, own_dS, lora_A, dropout=dropout, seed=number)
+        found.append(_unrows(dx, dy.shape[:-1]))
+    if need_W:
+        found.append(torch.mm(dy_rows.t(), _rows(x)))
+    if need_A:
+        dA = plan.backward_dA(own_dS, _rows(x), dropout=dropout, seed=number)
+        found.append(dA.to(_factor_dtype(dy.dtype)))
+    if need_B:
+        found.append(_unfolded(dB, mixing).to(_factor_dtype(dy.dtype)))
+    if need_bias:
+        found.append(dy_rows.sum(0))
+    return found
+
+
+def _lora_linear_backward_fake(dy, dS, x, weight, lora_A, lora_B, S, mixing, seed, d, scaling, dropout, needs):
+    need_x, need_W, need_A, need_B, need_bias = needs
+    m, factor = dy.shape[-1], _factor_dtype(dy.dtype)
+    found = []
+    if need_x:
+        found.append(dy.new_empty(*dy.shape[:-1], d))
+    if need_W:
+        found.append(dy.new_empty(m, d))
+    if need_A:
+        found.append(dy.new_empty((lora_B if mixing is None else mixing).shape[1], d, dtype=factor))
+    if need_B:
+        found.append(dy.new_empty(m, S.shape[-1] if mixing is None else mixing.shape[0], dtype=factor))
+    if need_bias:
+        found.append(dy.new_empty(m))
+    return found
+
+
+# ---- y = x W^T + s P (B M)^T + bias ----
+
+
+def _lora_up_linear(x, weight, projected, lora_B, bias, mixing, scaling):
+    """Return ``y (..., m)``."""
+    rows = _rows(x)
+    plan = dispatch.plan(rows, weight.shape[0], projected.shape[-1], weight=weight)
+    y = plan.forward(rows, weight, _rows(projected), _folded(lora_B, mixing), scaling=scaling, bias=bias)
+    return _unrows(y, x.shape[:-1])
+
+
+def _lora_up_linear_fake(x, weight, projected, lora_B, bias, mixing, scaling):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _lora_up_linear_setup(ctx, inputs, output):
+    x, weight, projected, lora_B, bias, mixing, ctx.scaling = inputs
+    need_x, need_W, need_P, need_B, _ = ctx.needs = list(ctx.needs_input_grad[:5])
+    ctx.dtypes = _dtypes(x, weight, projected, lora_B, bias)
+    ctx.d = weight.shape[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if need_W else None,
+        weight if need_x else None,
+        projected if need_B else None,
+        lora_B if need_P else None,
+        mixing,
+    )
+
+
+def _lora_up_linear_grad(ctx, dy):
+    if dy is None:
+        return (None,) * 7
+    found = lora_up_linear_backward(dy, *ctx.saved_tensors, ctx.d, ctx.scaling, ctx.needs)
+    return _gradients(found, ctx.needs, ctx.dtypes, 7)
+
+
+def _lora_up_linear_backward(dy, x, weight, projected, lora_B, mixing, d, scaling, needs):
+    """Return the needed ones of ``dx, dW, dP, dB, dbias``."""
+    need_x, need_W, need_P, need_B, need_bias = needs
+    dy_rows = _rows(dy)
+    folded_B, P_rows = _folded(lora_B, mixing) if need_P else None, _rows(projected) if need_B else None
+    r = projected.shape[-1] if need_B else folded_B.shape[1] if need_P else 0
+    plan = dispatch.plan(dy_rows, dy.shape[-1], r, d=d)
+    dP, dB = plan.backward_dy(dy_rows, P_rows, folded_B, scaling=scaling, need_dS=need_P, need_dB=need_B)
+    found = []
+    if need_x:
+        found.append(_unrows(torch.mm(dy_rows, weight), dy.shape[:-1]))
+    if need_W:
+        found.append(torch.mm(dy_rows.t(), _rows(x)))
+    if need_P:
+        found.append(_unrows(dP, dy.shape[:-1]))
+    if need_B:
+        found.append(_unfolded(dB, mixing).to(_factor_dtype(dy.dtype)))
+    if need_bias:
+        found.append(dy_rows.sum(0))
+    return found
+
+
+def _lora_up_linear_backward_fake(dy, x, weight, projected, lora_B, mixing, d, scaling, needs):
+    need_x, need_W, need_P, need_B, need_bias = needs
+    m, lead = dy.shape[-1], dy.shape[:-1]
+    found = []
+    if need_x:
+        found.append(dy.new_empty(*lead, d))
+    if need_W:
+        found.append(dy.new_empty(m, d))
+    if need_P:
+        found.append(dy.new_empty(*lead, (lora_B if mixing is None else mixing).shape[1]))
+    if need_B:
+        r = projected.shape[-1] if mixing is None else mixing.shape[0]
+        found.append(dy.new_empty(m, r, dtype=_factor_dtype(dy.dtype)))
+    if need_bias:
+        found.append(dy.new_empty(m))
+    return found
+
+
+# ---- S_i = drop(x) A_i^T ----
+
+
+def _lora_project(x, lora_As, dropout, seed):
+    """Return one ``S_i (..., r_i)`` per factor."""
+    rows, number = _rows(x), int(seed) if dropout else 0
+    plan = dispatch.plan(rows, 0, max(lora_A.shape[0] for lora_A in lora_As), dropout=dropout)
+    found = plan.project(rows, tuple(lora_As), dropout=dropout, seed=number)
+    return [_unrows(S, x.shape[:-1]) for S in found]
+
+
+def _lora_project_fake(x, lora_As, dropout, seed):
+    return [x.new_empty(*x.shape[:-1], lora_A.shape[0]) for lora_A in lora_As]
+
+
+def _lora_project_setup(ctx, inputs, output):
+    x, lora_As, ctx.dropout, seed = inputs
+    ctx.needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1 : 1 + len(lora_As)]]
+    ctx.dtypes = _dtypes(*lora_As)
+    ctx.save_for_backward(x if any(ctx.needs[1:]) else None, seed, *lora_As)
+
+
+def _lora_project_grad(ctx, dSs):
+    x, seed, *lora_As = ctx.saved_tensors
+    found = iter(lora_project_backward(dSs, x, lora_As, seed, ctx.dropout, ctx.needs))
+    dx = next(found) if ctx.needs[0] else None
+    dAs = [next(found).to(dtype) if need else None for need, dtype in zip(ctx.needs[1:], ctx.dtypes, strict=True)]
+    return dx, dAs, None, None
+
+
+def _lora_project_backward(dSs, x, lora_As, seed, dropout, needs):
+    """Return the needed ones of ``dx = drop'(sum_i dS_i A_i)`` and ``dA_i = dS_i^T drop(x)``."""
+    need_x, *need_As = needs
+    rows, number = [_rows(dS) for dS in dSs], int(seed) if dropout else 0
+    found = []
+    if need_x:
+        dS = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        lora_A = lora_As[0].to(dS.dtype) if len(rows) == 1 else torch.cat([A.to(dS.dtype) for A in lora_As])
+        dx = torch.mm(dS, lora_A)
+        dx = reference.dropped(dx, dropout, number) if dropout else dx
+        found.append(_unrows(dx, dSs[0].shape[:-1]))
+    for dS, need in zip(rows, need_As, strict=True):
+        if need:
+            plan = dispatch.plan(_rows(x), 0, dS.shape[1], dropout=dropout)
+            dA = plan.backward_dA(dS, _rows(x), dropout=dropout, seed=number)
+            found.append(dA.to(_factor_dtype(dS.dtype)))
+    return found
+
+
+def _lora_project_backward_fake(dSs, x, lora_As, seed, dropout, needs):
+    found = [dSs[0].new_empty(*dSs[0].shape[:-1], lora_As[0].shape[1])] if needs[0] else []
+    for lora_A, need in zip(lora_As, needs[1:], strict=True):
+        if need:
+            found.append(lora_A.new_empty(lora_A.shape, dtype=_factor_dtype(dSs[0].dtype)))
+    return found
+
+
+# ---- registration ----
+
+lora_linear = Operation(
+    "lora_null::lora_linear",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? mixing, float scaling,"
+    " float dropout, Tensor? seed) -> (Tensor, Tensor)",
+    _lora_linear,
+    _lora_linear_fake,
+    setup=_lora_linear_setup,
+    gradient=_lora_linear_grad,
+)
+lora_linear_backward = Operation(
+    "lora_null::lora_linear_backward",
+    "(Tensor dy, Tensor? dS, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? S,"
+    " Tensor? mixing, Tensor? seed, SymInt d, float scaling, float dropout, bool[] needs) -> Tensor[]",
+    _lora_linear_backward,
+    _lora_linear_backward_fake,
+)
+lora_up_linear = Operation(
+    "lora_null::lora_up_linear",
+    "(Tensor x, Tensor weight, Tensor projected, Tensor lora_B, Tensor? bias, Tensor? mixing, float scaling) -> Tensor",
+    _lora_up_linear,
+    _lora_up_linear_fake,
+    setup=_lora_up_linear_setup,
+    gradient=_lora_up_linear_grad,
+)
+lora_up_linear_backward = Operation(
+    "lora_null::lora_up_linear_backward",
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor? projected, Tensor? lora_B, Tensor? mixing, SymInt d,"
+    " float scaling, bool[] needs) -> Tensor[]",
+    _lora_up_linear_backward,
+    _lora_up_linear_backward_fake,
+)
+lora_project = Operation(
+    "lora_null::lora_project",
+    "(Tensor x, Tensor[] lora_As, float dropout, Tensor? seed) -> Tensor[]",
+    _lora_project,
+    _lora_project_fake,
+    setup=_lora_project_setup,
+    gradient=_lora_project_grad,
+    tensor_lists=True,
+)
+lora_project_backward = Operation(
+    "lora_null::lora_project_backward",
+    "(Tensor[] dSs, Tensor? x, Tensor[] lora_As, Tensor? seed, float dropout, bool[] needs) -> Tensor[]",
+    _lora_project_backward,
+    _lora_project_backward_fake,
+)

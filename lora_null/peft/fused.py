@@ -1,0 +1,124 @@
+"""PEFT's LoRA layers with a fused forward, patched in place and reversibly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from .. import ops
+from ..system.environment import fall_back
+from ..system.log import logger, warn_once
+
+
+class FusedLoraLinear(lora.Linear):
+    """PEFT's LoRA layer with its forward through :func:`lora_null.ops.lora_linear`.
+
+    Whatever the fused operation does not cover goes through PEFT's own forward, with one log line per reason.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``x (..., d)`` to ``(..., m)``, as PEFT does."""
+        reason = _reason_against(self, x, args, kwargs)
+        if reason is not None:
+            if reason:
+                fall_back("A LoRA layer", reason, "PEFT's own forward")
+            return super().forward(x, *args, **kwargs)
+        name = self.active_adapters[0]
+        base: Any = self.get_base_layer()
+        lora_A: Any = self.lora_A[name]
+        lora_B: Any = self.lora_B[name]
+        dropout = self.lora_dropout[name]
+        return ops.lora_linear(
+            x,
+            base.weight,
+            lora_A.weight,
+            lora_B.weight,
+            scaling=self.scaling[name],
+            bias=base.bias,
+            dropout=dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class FusedKernels:
+    """What :func:`use_fused_kernels` did.
+
+    Attributes:
+        patched: Number of layers that use the fused forward now.
+        skipped: Reason to number of layers, for the LoRA layers that were left alone.
+    """
+
+    layers: tuple[FusedLoraLinear, ...]
+    skipped: dict[str, int]
+
+    @property
+    def patched(self) -> int:
+        """Number of layers that use the fused forward."""
+        return len(self.layers)
+
+    def undo(self) -> None:
+        """Give every patched layer its own class back."""
+        for layer in self.layers:
+            if type(layer) is FusedLoraLinear:
+                layer.__class__ = lora.Linear  # type: ignore[assignment]
+
+
+def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
+    """Let the LoRA layers of ``peft_model`` compute base and adapter in one operation, in place and reversibly.
+
+    Parameters, hooks and state-dict names are untouched. Only layers that are exactly ``peft``'s ``lora.Linear``
+    on exactly ``torch.nn.Linear`` change; the count and the reasons for the rest are logged and returned.
+    """
+    patched: list[FusedLoraLinear] = []
+    skipped: dict[str, int] = {}
+    for module in peft_model.modules():
+        if not isinstance(module, lora.LoraLayer):
+            continue
+        if isinstance(module, FusedLoraLinear):
+            patched.append(module)
+            continue
+        base = module.get_base_layer()
+        if type(module) is lora.Linear and type(base) is nn.Linear:
+            module.__class__ = FusedLoraLinear
+            patched.append(module)
+        else:
+            reason = f"{type(module).__name__} on {type(base).__name__}"
+            skipped[reason] = skipped.get(reason, 0) + 1
+    logger.info("lora_null: fused forward in %d LoRA layers; left alone: %s", len(patched), skipped or "none")
+    if not patched:
+        warn_once("no-fused-layer", f"use_fused_kernels patched no layer; found: {skipped or 'no LoRA layer'}.")
+    return FusedKernels(tuple(patched), skipped)
+
+
+def _reason_against(layer: lora.Linear, x: Tensor, args: tuple, kwargs: dict) -> str | None:
+    """Say why the fused operation cannot take this call; ``""`` for states in which PEFT skips the adapter."""
+    if layer.disable_adapters or layer.merged:
+        return ""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return ""
+    if len(active) > 1:
+        return "several active adapters"
+    if args or any(value is not None for value in kwargs.values()):
+        return f"extra forward arguments {sorted(kwargs)}"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"the variant {type(layer.lora_variant[name]).__name__}"
+    if layer.lora_B[name].bias is not None or layer.fan_in_fan_out:
+        return "lora_bias or fan_in_fan_out"
+    inner = (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name])
+    if any(module.weight.ndim != 2 for module in inner):
+        return "flattened (FSDP1) parameters"
+    if any(_hooked(module) for module in inner):
+        return "hooks on a layer inside it, which the fused operation does not call"
+    if x.device != layer.get_base_layer().weight.device:
+        return "an offloaded base weight"
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__

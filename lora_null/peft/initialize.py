@@ -1,0 +1,148 @@
+"""Overwrite the weights of PEFT's LoRA layers with a LoRA-Null start."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..adapters.delta import shift_base
+from ..adapters.initialize import solve
+from ..adapters.state import AdapterState
+from ..config import LoraNullConfig
+from ..covariances.covariances import Covariances
+from ..models.identity import fingerprint
+from ..models.quantised import allow_gradients
+from ..models.refusals import check_rank, check_width, refuse_sharded, require_writable
+from ..models.weights import shared_weights
+from ..solver.factorize import factors_of
+from ..solver.null_space import NullSpace
+from ..system.distributed import announcing_failure
+from ..system.log import warn_once
+from .layers import _freeze, _lora_config, _remember, lora_layers
+from .record import INITIAL
+
+
+def initialize_lora_null_weights(
+    peft_model: PeftModel,
+    covariances: Covariances,
+    *,
+    freeze_a: bool = True,
+    adapter_name: str = "default",
+    method: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> PeftModel:
+    """Overwrite the LoRA weights of ``peft_model`` with a LoRA-Null start.
+
+    With ``freeze_a`` the base is untouched, ``lora_A`` is the null-space factor and stays frozen through
+    ``set_adapter`` and ``disable_adapter``, and ``lora_B`` is zero: an exact no-op, on a quantised base too.
+    Otherwise the base weights are shifted in place: ``disable_adapter`` and further adapters then see the shifted
+    base. What is saved fits the untouched base in both modes, by :func:`save_adapter` as by PEFT's
+    ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
+
+    Args:
+        peft_model: From ``get_peft_model`` with a ``LoraConfig``; ranks may differ between layers.
+        covariances: From :func:`lora_null.calibrate` on the base model.
+        freeze_a: Train ``lora_B`` only.
+        adapter_name: Which adapter to overwrite.
+        method: Passed to :func:`lora_null.null_space`.
+        seed: Seed of the solver.
+        progress: Show a progress bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no plain LoRA layer of that name, or the covariances do not fit it. Nothing is
+            changed then.
+    """
+    layers = lora_layers(peft_model, adapter_name)
+    sources = {name: _covariance_name(name, covariances) for name in layers}
+    ranks: dict[str, int] = {}
+    shared = shared_weights(peft_model)
+    with announcing_failure():
+        refuse_sharded({name: layer.get_base_layer() for name, layer in layers.items()}, "initialize_lora_null_weights")
+        for name, layer in layers.items():
+            _check_layer(name, layer, adapter_name, covariances.size(sources[name]), freeze_a, shared)
+    for name, layer in layers.items():
+        key = covariances.group_of(sources[name])
+        ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
+    spaces: dict[str, NullSpace] = {}
+    energies: dict[str, float] = {}
+    for r in sorted(set(ranks.values())):
+        keys = [key for key, rank in ranks.items() if rank == r]
+        solved = solve(covariances, keys, r, method=method, seed=seed, progress=progress)
+        spaces.update(solved[0])
+        energies.update(solved[1])
+    base = fingerprint({name: layer.get_base_layer() for name, layer in layers.items()})
+    start = {}
+    for name, layer in tqdm(layers.items(), "factorise", unit="layer", disable=not progress):
+        # Eigenvalues ascend, so a smaller rank takes the leading columns.
+        basis = spaces[covariances.group_of(sources[name])].basis[:, : layer.r[adapter_name]]
+        start[name] = factors_of(name, layer.get_base_layer(), basis)
+    # The model changes from here on, and nothing below can fail on the user's input.
+    for name, layer in layers.items():
+        _initialize_layer(layer, *start.pop(name), adapter_name, freeze_a)
+    if not freeze_a:
+        warn_once(
+            "shifted-peft-base",
+            "The base weights were shifted by the initial adapters: disable_adapter() and other adapters on this model "
+            "now see the shifted base. save_pretrained and lora_null.peft.save_adapter write this adapter for the "
+            "untouched base.",
+        )
+    peft_config = _lora_config(peft_model, adapter_name)
+    config = LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=freeze_a, seed=seed)
+    _remember(peft_model, adapter_name, AdapterState(config, base, energies))
+    return peft_model
+
+
+def _covariance_name(name: str, covariances: Covariances) -> str:
+    for candidate in (name, f"{name}.base_layer", f"base_model.model.{name}.base_layer", f"base_model.model.{name}"):
+        if candidate in covariances:
+            return candidate
+    raise ValueError(
+        f"The covariances hold no entry for {name}, which has an adapter. They were collected for another model or "
+        "for fewer target_modules; run lora_null.calibrate on the base model."
+    )
+
+
+def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: bool, shared: Set[int]) -> None:
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear) or not hasattr(layer.lora_A[adapter_name], "weight"):
+        raise ValueError(
+            f"{name} is {type(layer).__name__} on {type(base).__name__}; expected LoRA on a linear layer. Leave it out "
+            "of the LoraConfig's target_modules."
+        )
+    if layer.merged or getattr(layer, INITIAL, {}):
+        state = "has its adapter merged" if layer.merged else "was initialised with freeze_a=False before"
+        raise ValueError(
+            f"{name} {state}, so that its base weight is not the pre-trained one. Unmerge it (unmerge_adapter()), or "
+            "start from a freshly loaded model."
+        )
+    if adapter_name in getattr(layer, "lora_variant", {}):
+        raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
+    check_width(name, base, size)
+    check_rank(name, base, layer.r[adapter_name])
+    if not freeze_a:
+        require_writable(name, base, "freeze_a=False", shared)
+
+
+@torch.no_grad()
+def _initialize_layer(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
+    base = layer.get_base_layer()
+    allow_gradients([base])
+    layer.lora_A[adapter_name].weight.copy_(initial_A)
+    if freeze_a:
+        layer.lora_B[adapter_name].weight.zero_()
+        _freeze(layer, adapter_name)
+        return
+    layer.lora_B[adapter_name].weight.copy_(initial_B)
+    # The values as stored: a bf16 adapter rounds, and the shift must undo exactly what it adds.
+    stored_A, stored_B = (part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+    shift_base(base, stored_A, stored_B, -layer.scaling[adapter_name])
+    setattr(layer, INITIAL, {**getattr(layer, INITIAL, {}), adapter_name: (stored_A, stored_B)})

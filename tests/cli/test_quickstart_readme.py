@@ -1,0 +1,58 @@
+"""What the README shows is what runs: its Python block, its commands, its environment variables."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_null import cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_ten_lines_run(llama, monkeypatch, tmp_path):
+    import transformers
+
+    class Tokenizer:
+        def __call__(self, text, return_tensors):
+            assert return_tensors == "pt"
+            return {"input_ids": torch.tensor([[ord(letter) % 97 for letter in text]])}
+
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda name: llama(hidden_size=128, intermediate_size=160)
+    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"texts": [letter * 40 for letter in "abcdefgh"]}
+    exec(compile(block, "README.md", "exec"), names)
+    assert type(names["model"].model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_every_command_line_is_understood():
+    commands = {c.callback.__name__: c.callback for c in cli.app.registered_commands}
+    lines = re.findall(r"^    lora-null (.*)$", README, re.MULTILINE)
+    assert {shlex.split(line, comments=True)[0] for line in lines} == set(commands)
+    for line in lines:
+        name, *words = shlex.split(line, comments=True)
+        parameters = inspect.signature(commands[name]).parameters
+        for word in words:
+            if word.startswith("--"):
+                assert word.removeprefix("--").replace("-", "_") in parameters, line
+
+
+def test_every_environment_variable_is_listed():
+    sources = [*(ROOT / "lora_null").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    used = {name for path in sources for name in re.findall(r"\bLORA_NULL_[A-Z_]+\b", path.read_text(encoding="utf-8"))}
+    listed = set(re.findall(r"^\| `(LORA_NULL_[A-Z_]+)`", README, re.MULTILINE))
+    assert listed == used
+
+
+@pytest.mark.parametrize("name", ["calibrate", "initialize", "save_adapter", "load_adapter", "merge"])
+def test_public_names_are_shown(name):
+    assert name in README

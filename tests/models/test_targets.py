@@ -1,0 +1,75 @@
+"""Which layers get an adapter, and what is said of those that cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+import lora_null
+from lora_null import LoraNullConfig
+from lora_null.models.targets import target_linears
+from lora_null.system import log
+
+
+def moe(kind):
+    import transformers
+
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=3)).eval()
+    sizes |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=12)
+    ).eval()
+
+
+@pytest.fixture
+def warnings(monkeypatch, caplog):
+    """The warnings that are given, as if none had been given before."""
+    monkeypatch.setattr(log, "_given", set())
+    return lambda: [record.getMessage() for record in caplog.records if "fused into one parameter" in record.message]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_fused_experts_are_named_once(kind, warnings, token_batches):
+    model = moe(kind)
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    lora_null.initialize(model, covariances, LoraNullConfig(r=4), progress=False)
+    [warning] = warnings()
+    for name in ("model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj"):
+        assert name in warning
+    fused = [p.numel() for name, p in model.named_parameters() if ".experts." in name]
+    # Adapters are no weights of the model.
+    share = sum(fused) / sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    assert f"4 parameters, {share:.0%} of all weights" in warning
+    assert not any("experts." in name for name in covariances)
+
+
+def test_only_what_was_asked_for_is_missed(warnings):
+    model = moe("qwen2_moe")
+    target_linears(model, ["q_proj", "v_proj"])
+    assert not warnings()
+    # The shared expert has such a layer, so that the wish is not empty; the others do not.
+    chosen = target_linears(model, ["q_proj", "down_proj"])
+    assert [name for name in chosen if name.endswith("down_proj")] == [
+        f"model.layers.{i}.mlp.shared_expert.down_proj" for i in range(2)
+    ]
+    [warning] = warnings()
+    assert "experts.down_proj" in warning and "gate_up_proj" not in warning
+
+
+def test_a_wish_for_nothing_but_experts_is_refused():
+    with pytest.raises(ValueError, match=r"\['gate_up_proj'\].*layers\.\*\.mlp\.experts\.gate_up_proj: .*no adapter"):
+        target_linears(moe("mixtral"), ["q_proj", "gate_up_proj"])
+
+
+def test_convolutions_and_single_matrices_are_no_experts(warnings):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.linear = nn.Conv1d(4, 4, 3), nn.Linear(4, 4)
+            self.positions = nn.Parameter(torch.zeros(1, 5, 4))
+
+    assert list(target_linears(Model())) == ["linear"]
+    assert not warnings()

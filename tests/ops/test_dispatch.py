@@ -1,0 +1,178 @@
+"""The choice between implementations, its overrides, and what a user is told about it."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from lora_null.kernels import config
+from torch import nn
+
+from lora_null import ops
+from lora_null.ops import dispatch
+from lora_null.system import log
+
+
+def operands(dtype=torch.float32, T=5, d=8, m=6, r=2):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g).to(dtype) for shape in ((T, d), (m, d), (r, d), (m, r))]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No override from outside, no memory of earlier warnings or choices."""
+    monkeypatch.delenv("LORA_NULL_LINEAR_BACKEND", raising=False)
+    monkeypatch.delenv("LORA_NULL_STRICT", raising=False)
+    monkeypatch.setattr(log, "_given", set())
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+def test_cpu_goes_to_the_vendor():
+    text = ops.explain(*operands())
+    assert [line.split()[:2] for line in text.splitlines()] == [[name, "cublas"] for name in dispatch.PRODUCTS]
+    assert "CPU" in text
+
+
+def test_override_to_plain_torch(monkeypatch):
+    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", "torch")
+    assert ops.explain(*operands()) == "torch: LORA_NULL_LINEAR_BACKEND=torch"
+    x, W, A, B = operands()
+    y = ops.lora_linear(x, W.requires_grad_(), A, B)
+    assert "lora_null" not in y.grad_fn.name().lower()
+
+
+def test_override_with_a_wrong_value(monkeypatch):
+    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", "cutlass")
+    with pytest.raises(ValueError, match=r"'cutlass'; expected one of auto, triton"):
+        ops.lora_linear(*operands())
+
+
+def test_unavailable_kernels_fall_back_once_or_raise(monkeypatch, caplog):
+    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, W, A, B = operands()
+    with caplog.at_level(logging.WARNING, "lora_null"):
+        for _ in range(3):
+            torch.testing.assert_close(ops.lora_linear(x, W, A, B), ops.lora_linear_reference(x, W, A, B))
+    assert len(caplog.records) == 1 and "falls back" in caplog.text
+    monkeypatch.setenv("LORA_NULL_STRICT", "1")
+    with pytest.raises(RuntimeError, match="LORA_NULL_STRICT=1 turns this fallback into an error"):
+        ops.lora_linear(x, W, A, B)
+
+
+class Quantised(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize(
+    "weight, reason",
+    [
+        (lambda W: Quantised(W, requires_grad=False), "a Quantised is sharded, quantised"),
+        (lambda W: W.to(torch.int8), "torch.int8 tensor is no plain weight"),
+        (lambda W: W.flatten(), "not a matrix is a shard"),
+        (lambda W: W.to("meta"), "a weight or factor on meta"),
+    ],
+    ids=["subclass", "int8", "flat", "elsewhere"],
+)
+def test_reasons_against_the_custom_operations(monkeypatch, weight, reason):
+    x, W, A, B = operands()
+    assert reason in ops.explain(x, weight(W), A, B)
+    monkeypatch.setenv("LORA_NULL_STRICT", "1")
+    with pytest.raises(RuntimeError, match=reason):
+        ops.lora_linear(x, weight(W), A, B)
+
+
+def test_dtensors_take_plain_torch(tmp_path, caplog):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x, W, A, B = operands()
+        want = ops.lora_linear_reference(x, W, A, B)
+        placed = [
+            distribute_tensor(x, mesh, [Replicate()]),
+            *(distribute_tensor(t, mesh, [Shard(0)]) for t in (W, A, B)),
+        ]
+        with caplog.at_level(logging.WARNING, "lora_null"):
+            y = ops.lora_linear(*placed)
+        assert isinstance(y, DTensor)
+        torch.testing.assert_close(y.full_tensor(), want)
+        assert "a DTensor is sharded" in caplog.text
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("inside", ["base_layer", "lora_A", "lora_B"])
+def test_hooks_inside_a_peft_layer_are_still_called(caplog, inside):
+    import peft
+
+    from lora_null.peft import use_fused_kernels
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(r=2, target_modules=["0"]))
+    assert use_fused_kernels(model).patched == 1
+    layer = model.base_model.model[0]
+    x, seen = operands()[0], []
+    assert "lora_null" in layer(x).grad_fn.name().lower()
+    module = getattr(layer, inside)
+    module = module if inside == "base_layer" else module["default"]
+    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    with caplog.at_level(logging.WARNING, "lora_null"):
+        layer(x)
+        layer(x)
+    assert seen == [1, 1] and caplog.text.count("hooks on a layer inside it") == 1
+    handle.remove()
+    assert "lora_null" in layer(x).grad_fn.name().lower()
+
+
+def test_defaults_without_measurements(monkeypatch):
+    chosen = dispatch._choose("sm_00", 8192, 4096, 4096, 16, torch.bfloat16, False)
+    assert {name for name, way in chosen.backends.items() if way == "triton"} == {"backward_dy"}
+    assert "sm_00 is unmeasured" in str(chosen)
+    masked = dispatch._choose("sm_00", 8192, 4096, 4096, 16, torch.bfloat16, True)
+    assert masked.backends["project"] == masked.backends["backward_dx"] == "triton"
+    assert masked.backends["forward"] == "cublas"
+
+
+def entry(product, T, d, triton, cublas, dtype="bfloat16"):
+    return {"product": product, "dtype": dtype, "T": T, "d": d, "m": d, "r": 16,
+            "triton_us": triton, "cublas_us": cublas}  # fmt: skip
+
+
+def test_the_nearest_measured_shape_decides(monkeypatch):
+    times = [
+        entry("forward", 8192, 4096, 10, 20),
+        entry("forward", 512, 4096, 20, 10),
+        entry("forward", 8192, 1024, 30, 10),
+        entry("forward", 8192, 4096, 99, 1, dtype="float16"),
+        entry("project", 8192, 4096, 2, 1),
+    ]
+    monkeypatch.setattr(dispatch, "measured_times", lambda arch: times if arch == "sm_90" else [])
+
+    def choose(T, d, dtype=torch.bfloat16):
+        dispatch._choose.cache_clear()
+        return dispatch._choose("sm_90", T, d, d, 16, dtype, False).backends
+
+    assert choose(8192, 4096)["forward"] == "triton"
+    assert choose(16384, 8192)["forward"] == "triton"
+    assert choose(1024, 4096)["forward"] == "cublas"
+    assert choose(8192, 1500)["forward"] == "cublas"
+    assert choose(8192, 4096, torch.float16)["forward"] == "cublas"
+    assert choose(8192, 4096)["project"] == "cublas"
+    assert choose(0, 4096)["forward"] == "cublas"
+
+
+def test_measurements_ship_in_the_documented_form():
+    for path in config.FOLDER.glob("*.json"):
+        for measured in dispatch.measured_times(path.stem):
+            assert measured["product"] in dispatch.PRODUCTS
+            assert min(measured["triton_us"], measured["cublas_us"]) > 0
+            assert hasattr(torch, measured["dtype"]) and {"T", "d", "m", "r"} <= set(measured)
+
+
+def test_explain_tells_what_a_compiled_model_does():
+    assert "torch.compile traces plain operations" in ops.explain(*operands())
+    assert "torch.compile" not in ops.explain(*operands(), dropout=0.5)

@@ -1,0 +1,158 @@
+"""PEFT's own save_pretrained and load_adapter on an initialised model, as trainers call them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from adapter_tools import ids
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import lora_null
+from lora_null import peft as lora_null_peft
+from lora_null.adapters import export_adapter
+
+R = 6
+MODES = pytest.mark.parametrize("freeze_a", [True, False], ids=["frozen A", "trained A"])
+
+
+@pytest.fixture
+def start(llama, calibrated):
+    """Make the same initialised model again and again, as a resumed run does."""
+
+    def make(freeze_a=True, dtype=torch.float32, covariances=calibrated[1], **config):
+        config = {"r": R, "lora_alpha": 2 * R, "target_modules": "all-linear"} | config
+        model = get_peft_model(llama(dtype), LoraConfig(**config))
+        return lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=freeze_a, progress=False)
+
+    return make
+
+
+def learn(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(ids()).logits
+
+
+def trainable(model):
+    return {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@MODES
+def test_a_checkpoint_fits_the_untouched_base(start, llama, tmp_path, freeze_a):
+    model = learn(start(freeze_a))
+    want, base = logits(model), logits(llama())
+    model.save_pretrained(str(tmp_path / "checkpoint"))
+    config = json.loads((tmp_path / "checkpoint" / "adapter_config.json").read_text())
+    assert config["r"] == (R if freeze_a else 2 * R)
+    rank = export_adapter(tmp_path / "checkpoint", tmp_path / "exported")
+    assert rank == config["r"]
+    for loaded in (
+        PeftModel.from_pretrained(llama(), str(tmp_path / "checkpoint")),
+        PeftModel.from_pretrained(llama(), str(tmp_path / "exported")),
+        lora_null.load_adapter(llama(), tmp_path / "checkpoint"),
+    ):
+        assert (logits(loaded) - want).norm() <= 1e-5 * (want - base).norm()
+    # saving changes nothing in memory
+    assert torch.equal(logits(model), want) and model.peft_config["default"].r == R
+
+
+@MODES
+def test_a_checkpoint_knows_how_it_was_trained(start, llama, tmp_path, freeze_a):
+    learn(start(freeze_a)).save_pretrained(str(tmp_path))
+    assert trainable(lora_null_peft.load_trainable(llama(), tmp_path)) == (
+        {"lora_B"} if freeze_a else {"lora_A", "lora_B"}
+    )
+    patched = lora_null.load_adapter(llama(), tmp_path, is_trainable=True)
+    assert patched.lora_null_state.config.freeze_a == freeze_a
+    assert patched.lora_null_state.energies
+
+
+@MODES
+def test_a_run_resumes_through_load_adapter(start, tmp_path, freeze_a):
+    model = learn(start(freeze_a))
+    model.save_pretrained(str(tmp_path))
+    resumed = start(freeze_a)
+    resumed.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert trainable(resumed) == trainable(model)
+    layers = lora_null_peft.lora_layers(model)
+    for name, layer in lora_null_peft.lora_layers(resumed).items():
+        got, want = ((one.lora_A["default"].weight, one.lora_B["default"].weight) for one in (layer, layers[name]))
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], rtol=0, atol=2e-7)
+
+
+def test_a_copied_model_saves_the_same(start, tmp_path):
+    model = learn(start(freeze_a=False))
+    model.save_pretrained(str(tmp_path / "one"))
+    copy.deepcopy(model).save_pretrained(str(tmp_path / "other"))
+    one, other = (load_file(str(tmp_path / name / "adapter_model.safetensors")) for name in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_checkpoint_of_another_start_is_refused(start, llama, token_batches, tmp_path):
+    learn(start(freeze_a=False)).save_pretrained(str(tmp_path))
+    other = lora_null.calibrate(llama(), token_batches(seed=2), progress=False)
+    model = start(freeze_a=False, covariances=other)
+    with pytest.raises(ValueError, match="started from other factors"):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+
+
+def test_ranks_that_differ_and_half_precision(start, llama, tmp_path):
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 8}}
+    model = learn(start(freeze_a=False, **patterns))
+    model.save_pretrained(str(tmp_path / "ranks"))
+    want, base = logits(model), logits(llama())
+    loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "ranks"))
+    assert (logits(loaded) - want).norm() <= 1e-5 * (want - base).norm()
+    again = start(freeze_a=False, **patterns)
+    again.load_adapter(str(tmp_path / "ranks"), "default")
+    assert (logits(again) - want).norm() <= 1e-5 * (want - base).norm()
+
+    model = learn(start(freeze_a=False)).to(torch.bfloat16)
+    model.save_pretrained(str(tmp_path / "bf16"))
+    tensors = load_file(str(tmp_path / "bf16" / "adapter_model.safetensors"))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    again = start(freeze_a=False).to(torch.bfloat16)
+    again.load_adapter(str(tmp_path / "bf16"), "default")
+    layers = lora_null_peft.lora_layers(model)
+    for name, layer in lora_null_peft.lora_layers(again).items():
+        got, want = (one.lora_B["default"].weight.float() for one in (layer, layers[name]))
+        assert (got - want).norm() <= 1e-2 * want.norm()
+
+
+@MODES
+def test_a_frozen_copy_of_the_start_is_the_reference(start, llama, tmp_path, freeze_a):
+    """What TRL's DPOTrainer does: a second adapter of the same configuration, saved in a folder of its own."""
+    model = start(freeze_a)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    learn(model)
+    base = logits(llama())
+    model.set_adapter("ref")
+    assert (logits(model) - base).norm() <= 1e-6 * base.norm()
+    model.set_adapter("default")
+    assert trainable(model) == ({"lora_B"} if freeze_a else {"lora_A", "lora_B"})
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "ref"))
+    assert (logits(loaded) - base).norm() <= 1e-6 * base.norm()
+
+
+def test_pefts_conversion_is_refused_instead_of_converting_twice(start, tmp_path):
+    model = start(freeze_a=False)
+    model.save_pretrained(str(tmp_path / "start"))
+    with pytest.raises(ValueError, match="is not needed here"):
+        learn(model).save_pretrained(
+            str(tmp_path / "end"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
+        )

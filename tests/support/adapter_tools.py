@@ -1,0 +1,25 @@
+"""A small model with adapters that have learned something, and token ids to compare logits on."""
+
+import torch
+
+import lora_null
+from lora_null.adapters.layer import adapter_layers
+
+R = 6
+
+
+def ids(seed=3):
+    return torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def trained(llama, token_batches, dtype=torch.float32, seed=0, **config):
+    model = llama(dtype)
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, **config), progress=False)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            for factor in (layer.lora_A, layer.lora_B):
+                if factor.weight.requires_grad:
+                    factor.weight.add_(0.1 * torch.randn_like(factor.weight))
+    return model
