@@ -115,9 +115,9 @@ def projections(monkeypatch):
     seen = []
     project = vendor.project
 
-    def counting(x, lora_As, **options):
-        seen.append((tuple(x.shape), len(lora_As)))
-        return project(x, lora_As, **options)
+    def counting(x, lora_A, **options):
+        seen.append(tuple(x.shape))
+        return project(x, lora_A, **options)
 
     monkeypatch.setattr(vendor, "project", counting)
     return seen

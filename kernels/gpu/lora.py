@@ -57,17 +57,12 @@ def supported(x: Tensor, weight: Tensor, *small: Tensor, rank: int | None = None
     return None
 
 
-def project(x: Tensor, As: tuple[Tensor, ...], *, dropout: float = 0.0, seed: int = 0) -> tuple[Tensor, ...]:
-    """Return ``S_i (T, r_i) = drop(x) A_i^T`` in x's type for every A_i ``(r_i, d)``, four to a pass over x.
+def project(x: Tensor, lora_A: Tensor, *, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """Return ``S (T, r) = drop(x) A^T`` in x's type.
 
-    Dropout is one mask for all of them, `keep_mask`'s; kept elements are scaled by 1/(1-p).
+    The mask of the dropout is `keep_mask`'s; kept elements are scaled by 1/(1-p).
     """
-    outputs: list[Tensor] = []
-    for first in range(0, len(As), 4):
-        group = [_small(A, x) for A in As[first : first + 4]]
-        stacked = group[0] if len(group) == 1 else torch.cat(group)
-        outputs += _thin(x, stacked, [A.shape[0] for A in group], 1.0, dropout, seed)
-    return tuple(outputs)
+    return _thin(x, _small(lora_A, x), 1.0, dropout, seed)
 
 
 def forward(
@@ -103,7 +98,7 @@ def backward_dy(
         raise ValueError("backward_dy: need_dB=True needs S (T, r), got None")
     if need_dS and need_dB:
         return _both(dy, S, lora_B, scaling)
-    dS = _thin(dy, _small(lora_B, dy).t(), [lora_B.shape[1]], scaling, 0.0, 0)[0] if need_dS else None
+    dS = _thin(dy, _small(lora_B, dy).t(), scaling, 0.0, 0) if need_dS else None
     dB = _tall(dy, S, scaling, transposed=False, dropout=0.0, seed=0) if need_dB else None
     return dS, dB
 
@@ -113,32 +108,29 @@ def backward_dA(dS: Tensor, x: Tensor, *, dropout: float = 0.0, seed: int = 0) -
     return _tall(x, dS, 1.0, transposed=True, dropout=dropout, seed=seed)
 
 
-def _thin(x: Tensor, factor: Tensor, widths: list[int], scaling: float, dropout: float, seed: int) -> list[Tensor]:
-    """Return ``scaling * drop(x) factor^T``, factor ``(R, K)`` with any strides, cut into columns of ``widths``."""
-    T, K = x.shape
-    R = factor.shape[0]
-    outputs = [_empty(x, T, width) for width in widths]
+def _thin(x: Tensor, factor: Tensor, scaling: float, dropout: float, seed: int) -> Tensor:
+    """Return ``scaling * drop(x) factor^T`` ``(T, R)`` in x's type, factor ``(R, K)`` with any strides."""
+    (T, K), R = x.shape, factor.shape[0]
+    out = _empty(x, T, R)
     if T == 0:
-        return outputs
+        return out
     c = config.launch_config("project", x.dtype, config.architecture(x.device), T=T, d=K, r=R)
     block_n = min(padded(R), c.pop("BLOCK_N"))
     tiles, steps = cdiv(T, c["BLOCK_T"]) * cdiv(R, block_n), cdiv(K, c["BLOCK_K"])
-    splits = splits_for(tiles, steps, c.pop("SLICE_STEPS"), x.device) if len(widths) == 1 else 1
-    targets = outputs if splits == 1 else [_empty(x, splits, T, R, dtype=torch.float32)]
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    splits = splits_for(tiles, steps, c.pop("SLICE_STEPS"), x.device)
+    target = out if splits == 1 else _empty(x, splits, T, R, dtype=torch.float32)
     words = Dropout.of(dropout, seed)
     from .lora_kernels import project_kernel
 
     runtime.launch(
         project_kernel, (tiles, splits), x.device,
-        x, factor, *_four(targets), T, K, splits, *_four(ends), x.stride(0), factor.stride(0), factor.stride(1),
+        x, factor, target, T, K, R, splits, x.stride(0), factor.stride(0), factor.stride(1),
         scaling * words.scale if dropout else scaling, *words[:3],
-        **c, BLOCK_N=block_n, OUTPUTS=len(widths), EVEN_K=K % c["BLOCK_K"] == 0,
-        DROPOUT=dropout > 0, PRECISION=runtime.precision(x),
+        **c, BLOCK_N=block_n, EVEN_K=K % c["BLOCK_K"] == 0, DROPOUT=dropout > 0, PRECISION=runtime.precision(x),
     )  # fmt: skip
     if splits > 1:
-        runtime.reduce(targets[0], outputs[0])
-    return outputs
+        runtime.reduce(target, out)
+    return out
 
 
 def _tall(y: Tensor, S: Tensor, scaling: float, *, transposed: bool, dropout: float, seed: int) -> Tensor:
@@ -259,7 +251,3 @@ def _small(matrix: Tensor, x: Tensor) -> Tensor:
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
-
-
-def _four(items: list) -> list:
-    return items + items[-1:] * (4 - len(items))

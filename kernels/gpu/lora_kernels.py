@@ -12,46 +12,23 @@ from .tiles import grouped, kept, store_tile, tall_tile, thin_tile
 
 @triton.jit(do_not_specialize=["T", "splits", "key0", "key1", "threshold"])
 def project_kernel(
-    x_ptr, a_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, T, K, splits, end0, end1, end2, end3,
-    stride_xt, stride_an, stride_ak, scaling, key0, key1, threshold,
+    x_ptr, a_ptr, out_ptr, T, K, R, splits, stride_xt, stride_an, stride_ak, scaling, key0, key1, threshold,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    OUTPUTS: tl.constexpr, EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out_i (T, r_i) = scaling * drop(X) A_i^T`` for up to four A's stacked in one ``(R, K)`` matrix.
-
-    Output i takes the columns from the end of its predecessor to ``end_i``. With splits > 1 (one output, fp32,
-    ``(splits, T, R)``) program axis 1 cuts K and `reduce_kernel` adds the slices.
-    """
-    t0 = tl.program_id(0) // tl.cdiv(end3, BLOCK_N) * BLOCK_T
-    n0 = tl.program_id(0) % tl.cdiv(end3, BLOCK_N) * BLOCK_N
+    """``out (splits, T, R) = scaling * drop(X) A^T`` over splits parts of K; several parts are fp32."""
+    tiles_r = tl.cdiv(R, BLOCK_N)
+    t0 = tl.program_id(0) // tiles_r * BLOCK_T
+    n0 = tl.program_id(0) % tiles_r * BLOCK_N
     split = tl.program_id(1)
     chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
     acc = thin_tile(
-        x_ptr, a_ptr, t0, n0, split * chunk, tl.minimum((split + 1) * chunk, K), T, end3, K,
+        x_ptr, a_ptr, t0, n0, split * chunk, tl.minimum((split + 1) * chunk, K), T, R, K,
         stride_xt, stride_an, stride_ak, key0, key1, threshold,
         BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, DROPOUT, PRECISION,
     )  # fmt: skip
-    acc = acc * tl.cast(scaling, tl.float32)
-    if OUTPUTS == 1:
-        slice_ptr = out0_ptr + split.to(tl.int64) * T * end0
-        store_tile(slice_ptr, acc, t0, n0, T, end0, end0, 1, BLOCK_T, BLOCK_N)
-    else:
-        store_columns(out0_ptr, acc, t0, n0, T, 0, end0, BLOCK_T, BLOCK_N)
-        store_columns(out1_ptr, acc, t0, n0, T, end0, end1, BLOCK_T, BLOCK_N)
-        if OUTPUTS > 2:
-            store_columns(out2_ptr, acc, t0, n0, T, end1, end2, BLOCK_T, BLOCK_N)
-        if OUTPUTS > 3:
-            store_columns(out3_ptr, acc, t0, n0, T, end2, end3, BLOCK_T, BLOCK_N)
-
-
-@triton.jit
-def store_columns(out_ptr, acc, t0, n0, T, begin, end, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store the columns [begin, end) of a tile at ``(t0, n0)`` into ``out (T, end - begin)``."""
-    rows = tl.arange(0, BLOCK_T)
-    columns = n0 + tl.arange(0, BLOCK_N)
-    inside = (t0 + rows < T)[:, None] & ((columns >= begin) & (columns < end))[None, :]
-    ptrs = out_ptr + t0.to(tl.int64) * (end - begin) + (rows[:, None] * (end - begin) + columns[None, :] - begin)
-    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    slice_ptr = out_ptr + split.to(tl.int64) * T * R
+    store_tile(slice_ptr, acc * tl.cast(scaling, tl.float32), t0, n0, T, R, R, 1, BLOCK_T, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["T", "key0", "key1", "threshold"])

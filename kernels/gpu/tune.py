@@ -34,7 +34,7 @@ logger = logging.getLogger("lora_null")
 SIZES = {
     "syrk": ("d", (1024, 2048, 4096, 8192, 14336)),
     "linear": ("T", (512, 2048, 8192)),
-    "project": ("r", (16, 64, 128, 384)),
+    "project": ("r", (16, 64, 128)),
     "outer": ("r", (16, 64, 128)),
     "dy": ("r", (16, 64, 128)),
 }
@@ -141,7 +141,7 @@ def workload(kernel: str, size: int, dtype: torch.dtype, device: str) -> Workloa
     x, A = normal(TOKENS, WIDTH), normal(size, WIDTH)
     S, B = normal(TOKENS, size), normal(WIDTH, size)
     if kernel == "project":
-        return same(lambda: lora.project(x, (A,)), lambda x, a: (x @ a.t(),), x, A)
+        return same(lambda: (lora.project(x, A),), lambda x, a: (x @ a.t(),), x, A)
     if kernel == "outer":
         return same(lambda: (lora.backward_dA(S, x),), lambda s, x: (s.t() @ x,), S, x)
     return same(

@@ -2,10 +2,9 @@
 
 from .covariance import covariance_backend, covariance_update, symmetrize_
 from .dispatch import explain
-from .linear import lora_linear, lora_linear_and_projection, lora_project, lora_up_linear
+from .linear import lora_linear, lora_linear_and_projection, lora_up_linear
 from .reference import covariance_update_reference
 from .reference import lora_linear as lora_linear_reference
-from .reference import lora_project as lora_project_reference
 from .reference import lora_up_linear as lora_up_linear_reference
 
 __all__ = [
@@ -16,8 +15,6 @@ __all__ = [
     "lora_linear",
     "lora_linear_and_projection",
     "lora_linear_reference",
-    "lora_project",
-    "lora_project_reference",
     "lora_up_linear",
     "lora_up_linear_reference",
     "symmetrize_",

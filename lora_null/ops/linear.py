@@ -145,33 +145,6 @@ def lora_up_linear(
     return linear_autograd.lora_up_linear(x, weight, projected, lora_B, bias, mixing, float(scaling))
 
 
-def lora_project(
-    x: Tensor, *lora_As: Tensor, dropout: float = 0.0, training: bool = True, seed: int | Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Project x onto the rows of several factors in one pass over it: ``S_i = drop(x) A_i^T``.
-
-    Args:
-        x: ``(..., d)``.
-        lora_As: Any number of ``A_i (r_i, d)``, in any floating-point dtype.
-        dropout: As in :func:`lora_linear`; one mask for all factors.
-        training: ``False`` switches the dropout off.
-        seed: As in :func:`lora_linear`.
-
-    Returns:
-        One ``S_i (..., r_i)`` in the dtype of ``x`` per factor. x is kept for the backward only if a factor
-        requires a gradient.
-    """
-    dropout = _dropout_in_effect(dropout, training)
-    if dispatch.use_reference(x, *lora_As):
-        return reference.lora_project(x, *lora_As, dropout=dropout, seed=seed)
-    x = _cast_for_autocast(x)[0]
-    for lora_A in lora_As:
-        _check(x, lora_A=lora_A)
-    if dispatch.traced_plainly(x, dropout):
-        return reference.lora_project(x, *lora_As)
-    return tuple(linear_autograd.lora_project(x, list(lora_As), dropout, _seed(dropout, seed)))
-
-
 def _compiled(name: str, *arguments: Any) -> Any:
     """Let C++ make the products and their backward; ``None`` where it cannot, or Python has something to say.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch
 from .operation import Operation
 
 
@@ -59,7 +59,7 @@ def _lora_linear(x, weight, lora_A, lora_B, bias, mixing, scaling, dropout, seed
     """Return ``y (..., m)`` and ``S = drop(x) A^T (..., r)``."""
     rows, number = _rows(x), int(seed) if dropout else 0
     plan = dispatch.plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout)
-    (S,) = plan.project(rows, (lora_A,), dropout=dropout, seed=number)
+    S = plan.project(rows, lora_A, dropout=dropout, seed=number)
     y = plan.forward(rows, weight, S, _folded(lora_B, mixing), scaling=scaling, bias=bias)
     return _unrows(y, x.shape[:-1]), _unrows(S, x.shape[:-1])
 
@@ -219,63 +219,6 @@ def _lora_up_linear_backward_fake(dy, x, weight, projected, lora_B, mixing, d, s
     return found
 
 
-# ---- S_i = drop(x) A_i^T ----
-
-
-def _lora_project(x, lora_As, dropout, seed):
-    """Return one ``S_i (..., r_i)`` per factor."""
-    rows, number = _rows(x), int(seed) if dropout else 0
-    plan = dispatch.plan(rows, 0, max(lora_A.shape[0] for lora_A in lora_As), dropout=dropout)
-    found = plan.project(rows, tuple(lora_As), dropout=dropout, seed=number)
-    return [_unrows(S, x.shape[:-1]) for S in found]
-
-
-def _lora_project_fake(x, lora_As, dropout, seed):
-    return [x.new_empty(*x.shape[:-1], lora_A.shape[0]) for lora_A in lora_As]
-
-
-def _lora_project_setup(ctx, inputs, output):
-    x, lora_As, ctx.dropout, seed = inputs
-    ctx.needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1 : 1 + len(lora_As)]]
-    ctx.dtypes = _dtypes(*lora_As)
-    ctx.save_for_backward(x if any(ctx.needs[1:]) else None, seed, *lora_As)
-
-
-def _lora_project_grad(ctx, dSs):
-    x, seed, *lora_As = ctx.saved_tensors
-    found = iter(lora_project_backward(dSs, x, lora_As, seed, ctx.dropout, ctx.needs))
-    dx = next(found) if ctx.needs[0] else None
-    dAs = [next(found).to(dtype) if need else None for need, dtype in zip(ctx.needs[1:], ctx.dtypes, strict=True)]
-    return dx, dAs, None, None
-
-
-def _lora_project_backward(dSs, x, lora_As, seed, dropout, needs):
-    """Return the needed ones of ``dx = drop'(sum_i dS_i A_i)`` and ``dA_i = dS_i^T drop(x)``."""
-    need_x, *need_As = needs
-    rows, number = [_rows(dS) for dS in dSs], int(seed) if dropout else 0
-    found = []
-    if need_x:
-        dS = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        lora_A = lora_As[0].to(dS.dtype) if len(rows) == 1 else torch.cat([A.to(dS.dtype) for A in lora_As])
-        dx = torch.mm(dS, lora_A)
-        dx = reference.dropped(dx, dropout, number) if dropout else dx
-        found.append(_unrows(dx, dSs[0].shape[:-1]))
-    for dS, need in zip(rows, need_As, strict=True):
-        if need:
-            plan = dispatch.plan(_rows(x), 0, dS.shape[1], dropout=dropout)
-            dA = plan.backward_dA(dS, _rows(x), dropout=dropout, seed=number)
-            found.append(dA.to(_factor_dtype(dS.dtype)))
-    return found
-
-
-def _lora_project_backward_fake(dSs, x, lora_As, seed, dropout, needs):
-    found = [dSs[0].new_empty(*dSs[0].shape[:-1], lora_As[0].shape[1])] if needs[0] else []
-    for lora_A, need in zip(lora_As, needs[1:], strict=True):
-        if need:
-            found.append(lora_A.new_empty(lora_A.shape, dtype=_factor_dtype(dSs[0].dtype)))
-    return found
-
-
 # ---- registration ----
 
 lora_linear = Operation(
@@ -308,19 +251,4 @@ lora_up_linear_backward = Operation(
     " float scaling, bool[] needs) -> Tensor[]",
     _lora_up_linear_backward,
     _lora_up_linear_backward_fake,
-)
-lora_project = Operation(
-    "lora_null::lora_project",
-    "(Tensor x, Tensor[] lora_As, float dropout, Tensor? seed) -> Tensor[]",
-    _lora_project,
-    _lora_project_fake,
-    setup=_lora_project_setup,
-    gradient=_lora_project_grad,
-    tensor_lists=True,
-)
-lora_project_backward = Operation(
-    "lora_null::lora_project_backward",
-    "(Tensor[] dSs, Tensor? x, Tensor[] lora_As, Tensor? seed, float dropout, bool[] needs) -> Tensor[]",
-    _lora_project_backward,
-    _lora_project_backward_fake,
 )

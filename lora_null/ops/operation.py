@@ -25,7 +25,6 @@ class Operation:
         setup: ``setup(ctx, inputs, output)`` saves what the gradient needs.
         gradient: ``gradient(ctx, *grads)`` returns one entry per input. Without it the operation is itself a
             backward, and asking for its gradient raises.
-        tensor_lists: Whether arguments or results hold lists of tensors, which a Function cannot differentiate.
     """
 
     def __init__(
@@ -37,18 +36,17 @@ class Operation:
         *,
         setup: Callable | None = None,
         gradient: Callable | None = None,
-        tensor_lists: bool = False,
     ):
         self.body = _isolated(body)
         self.op = torch.library.custom_op(name, self.body, mutates_args=(), schema=schema)
         self.op.register_fake(fake)
         self.op.register_autograd(gradient or _second_derivative, setup_context=setup)
         self.function: Any = None
-        if gradient is not None and setup is not None and not tensor_lists:
+        if gradient is not None and setup is not None:
             self.function = _function(name, self.body, setup, gradient)
 
     def __call__(self, *args: Any) -> Any:
-        """Run on positional arguments, the first of them a tensor or a list of tensors."""
+        """Run on positional arguments, the first of them a tensor."""
         if is_observed(args[0]):
             return self.op(*args)
         if not torch.is_grad_enabled():
@@ -56,11 +54,11 @@ class Operation:
         return self.function.apply(*args) if self.function is not None else self.op(*args)
 
 
-def is_observed(first: Tensor | list[Tensor]) -> bool:
+def is_observed(first: Tensor) -> bool:
     """Say whether a tracer or a mode has to see the operation as a whole."""
     return (
         torch.compiler.is_compiling()
-        or type(first) not in (Tensor, torch.nn.Parameter, list)
+        or type(first) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
     )
@@ -88,7 +86,7 @@ def _isolated(body: Callable) -> Callable:
 
     @wraps(body)
     def run(first, *args):
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        device = first.device.type
         with torch._C._AutoDispatchBelowAutograd():
             if autocast_dtype(device) is None:
                 return body(first, *args)

@@ -36,15 +36,6 @@ def draw_seed() -> Tensor:
     return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def lora_project(
-    x: Tensor, *lora_As: Tensor, dropout: float = 0.0, training: bool = True, seed: int | Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Return ``drop(x) A_i^T`` ``(..., r_i)`` for each ``A_i (r_i, d)``; see :func:`lora_null.ops.lora_project`."""
-    if dropout and training:
-        x = dropped(x, dropout, int(draw_seed() if seed is None else seed))
-    return tuple(linear(x, lora_A.to(x.dtype)) for lora_A in lora_As)
-
-
 def lora_up_linear(
     x: Tensor,
     weight: Tensor,
@@ -74,8 +65,8 @@ def lora_linear(
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """Return ``x W^T + s drop(x) A^T B^T + bias``; see :func:`lora_null.ops.lora_linear`."""
-    (projected,) = lora_project(x, lora_A, dropout=dropout, training=training, seed=seed)
-    return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias)
+    kept = dropped(x, dropout, int(draw_seed() if seed is None else seed)) if dropout and training else x
+    return lora_up_linear(x, weight, linear(kept, lora_A.to(x.dtype)), lora_B, scaling=scaling, bias=bias)
 
 
 def lora_linear_and_projection(
@@ -89,7 +80,7 @@ def lora_linear_and_projection(
     mixing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, x A^T)``; see :func:`lora_null.ops.lora_linear_and_projection`."""
-    (projected,) = lora_project(x, lora_A)
+    projected = linear(x, lora_A.to(x.dtype))
     return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing), projected
 
 

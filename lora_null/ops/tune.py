@@ -46,7 +46,7 @@ def products(
     x, W, A, B = normal(T, d), normal(m, d), normal(r, d), normal(m, r)
     S, dy = normal(T, r), normal(T, m)
     return {
-        "project": lambda way: lambda: way.project(x, (A,)),  # type: ignore[attr-defined]
+        "project": lambda way: lambda: way.project(x, A),  # type: ignore[attr-defined]
         "forward": lambda way: lambda: way.forward(x, W, S, B, scaling=1.0),  # type: ignore[attr-defined]
         "backward_dy": lambda way: (
             lambda: way.backward_dy(dy, S, B, scaling=1.0, need_dS=True, need_dB=True)  # type: ignore[attr-defined]

@@ -7,18 +7,16 @@ extra passes over a ``(T, d)`` matrix that separate operations make. Matrices ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from . import reference
 
 
-def project(x: Tensor, lora_As: Sequence[Tensor], *, dropout: float = 0.0, seed: int = 0) -> tuple[Tensor, ...]:
-    """Return ``S_i = drop(x) A_i^T`` ``(T, r_i)`` in ``x.dtype``."""
+def project(x: Tensor, lora_A: Tensor, *, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """Return ``S = drop(x) A^T`` ``(T, r)`` in ``x.dtype``."""
     x = reference.dropped(x, dropout, seed) if dropout else x
-    return tuple(torch.mm(x, lora_A.to(x.dtype).t()) for lora_A in lora_As)
+    return torch.mm(x, lora_A.to(x.dtype).t())
 
 
 def forward(

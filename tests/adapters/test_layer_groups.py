@@ -203,7 +203,7 @@ def test_too_few_tokens_to_pay_for_the_folding_are_not_shared(projections):
     for count, expected in ((3, 3), (4, 1)):
         projections.clear()
         shared(tokens(count))
-        assert sum(shape == (count, D) for shape, _ in projections) == expected
+        assert projections.count((count, D)) == expected
     group = group_of(shared)
     detach_adapter(shared[0].v)
     assert (group.size, group._folded_features) == (2, 12)

@@ -103,10 +103,10 @@ def test_tuning_keeps_the_fastest_and_passes_over_failures(monkeypatch):
     *parts, overlay = tune.measure(["project"], torch.bfloat16, "sm_80", fake, **UNTIMED)
     entries = overlay["kernels"]["project"]["16"]
     lengths = [len(part["kernels"]["project"]["16"]) for part in (*parts, overlay)]
-    assert lengths == list(range(len(entries) - 3, len(entries) + 1)), "what is known is not yielded after every size"
+    assert lengths == list(range(len(entries) - 2, len(entries) + 1)), "what is known is not yielded after every size"
     winners = entries[: len(tune.SIZES["project"][1])]
     assert all((e["BLOCK_T"], e["BLOCK_K"], e["num_stages"]) == (128, 128, 3) for e in winners)
-    assert [e["when"].get("r_max") for e in winners] == [32, 91, 222, None]
+    assert [e["when"].get("r_max") for e in winners] == [32, 91, None]
     assert entries[len(winners) :] == config.shipped("sm_80")["kernels"]["project"]["16"]
 
 
@@ -134,7 +134,7 @@ def test_what_tuning_calls_true(monkeypatch, kernel, size):
     monkeypatch.setattr(tune, "TOKENS", 40)
     monkeypatch.setattr(tune, "WIDTH", 64)
     stand_in = {
-        "project": lambda x, As: tuple(x @ A.t() for A in As),
+        "project": lambda x, A: x @ A.t(),
         "forward": lambda x, w, s, b, scaling: x @ w.t() + s @ b.t(),
         "backward_dx": lambda dy, w, ds, a: dy @ w + ds @ a,
         "backward_dy": lambda dy, s, b, scaling: (dy @ b, dy.t() @ s),

@@ -51,7 +51,6 @@ def test_opcheck(dtype, grad):
         (torch.ops.lora_null.lora_linear.default, (x, W, A, B[:, 1:], None, mixing, 0.7, 0.0, None)),
         (torch.ops.lora_null.lora_up_linear.default, (x, W, projected, B, bias, None, 0.7)),
         (torch.ops.lora_null.lora_up_linear.default, (x, W, projected, B[:, 1:], bias, mixing, 0.7)),
-        (torch.ops.lora_null.lora_project.default, (x, [A, A.detach()[:2]], 0.0, None)),
     ):
         torch.library.opcheck(op, arguments, **tolerance)
 
@@ -72,15 +71,14 @@ def test_compiled_without_graph_breaks(monkeypatch, backend, dynamic):
     def block(x, weight, lora_A, lora_B, bias):
         y, S = ops.lora_linear_and_projection(x, weight, lora_A, lora_B, scaling=0.7, bias=bias)
         z = ops.lora_up_linear(x, weight, S, lora_B * 2)
-        (P,) = ops.lora_project(x, lora_A)
-        return ops.lora_linear(y + z, weight.t(), lora_B.t(), lora_A.t(), scaling=0.3) * P.sum()
+        return ops.lora_linear(y + z, weight.t(), lora_B.t(), lora_A.t(), scaling=0.3) * S.sum()
 
     compiled = torch.compile(block, fullgraph=True, backend=compiler, dynamic=dynamic)
     for lead in ((2, 9), (5,), (3, 4)) if dynamic else ((2, 9),):
         tensors = case(torch.float64, lead=lead)
         assert_same(gradients(compiled, tensors), gradients(block, tensors), rtol=1e-9, atol=1e-9)
     opaque = {name for name in nodes if "lora_null" in name}
-    names = {"lora_linear", "lora_up_linear", "lora_project"} if backend == "cublas" else set()
+    names = {"lora_linear", "lora_up_linear"} if backend == "cublas" else set()
     assert opaque == {f"lora_null.{name}.default" for name in names}
 
 
@@ -161,14 +159,6 @@ def test_dropout_equals_an_explicit_mask(dtype, grad):
     for function in (ops.lora_linear, ops.lora_linear_reference):
         got = gradients(function, tensors, scaling=0.7, dropout=0.3, seed=77)
         assert_same(got, want, rtol=100 * torch.finfo(dtype).eps, atol=1e-4 if dtype == torch.float32 else 1e-12)
-
-
-def test_projections_share_one_mask():
-    tensors = case(torch.float64)
-    first, second = ops.lora_project(tensors["x"], tensors["lora_A"], tensors["lora_A"], dropout=0.5)
-    assert torch.equal(first, second)
-    first.sum().backward()
-    assert tensors["lora_A"].grad is not None
 
 
 def test_the_seed_comes_from_torch():
