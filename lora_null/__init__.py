@@ -19,6 +19,7 @@ _HOME = {
     "factorize": "solver",
     "initialize": "adapters",
     "load_adapter": "adapters",
+    "memory_plan": "calibration",
     "merge": "adapters",
     "null_space": "solver",
     "null_spaces": "solver",
@@ -36,6 +37,7 @@ __all__ = [
     "factorize",
     "initialize",
     "load_adapter",
+    "memory_plan",
     "merge",
     "null_space",
     "null_spaces",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from .adapters.merge import merge
     from .adapters.save import save_adapter
     from .calibration.calibrate import calibrate
+    from .calibration.memory_plan import memory_plan
     from .config import LoraNullConfig
     from .covariances import Covariances
     from .solver.factorize import factorize

@@ -1,5 +1,6 @@
 """From texts to covariances: the model runs over batches, and the inputs of its layers are summed."""
 
-from .calibrate import calibrate, memory_plan
+from .calibrate import calibrate
+from .memory_plan import memory_plan
 
 __all__ = ["calibrate", "memory_plan"]

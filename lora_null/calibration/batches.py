@@ -47,8 +47,6 @@ class BatchReader:
     """
 
     def __init__(self, model: nn.Module, mask_rule: str, needs_head: bool = False):
-        if mask_rule not in MASK_RULES:
-            raise ValueError(f"mask is {mask_rule!r}; expected one of {MASK_RULES}.")
         self.mask_rule = mask_rule
         parameters = inspect.signature(model.forward).parameters
         kinds = {parameter.kind for parameter in parameters.values()}
@@ -214,7 +212,7 @@ def _chunks(batches: Tensor | Mapping, chunk_tokens: int) -> Sequence[Any]:
     return [{key: value[i : i + rows] for key, value in batches.items()} for i in starts]
 
 
-def probe(inputs: Mapping[str, Any], tokens: int = 16) -> dict[str, Any]:
+def first_tokens(inputs: Mapping[str, Any], tokens: int = 16) -> dict[str, Any]:
     """Cut a batch of token ids down to its first row and ``tokens`` columns, to observe the model cheaply."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     if any(value.dim() != 2 or value.is_floating_point() for value in tensors):

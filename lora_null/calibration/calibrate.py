@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Set
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,17 @@ from .._version import __version__
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.identity import fingerprint
-from ..models.modes import evaluating, input_device
-from ..models.targets import output_head_names, target_linears
+from ..models.modes import evaluating
 from ..models.weights import is_distributed
 from ..models.wrappers import uncompiled
 from ..system.distributed import announcing_failure, is_shared_out, require_lockstep, share_of
 from ..system.log import logger
-from .accumulator import ACCUMULATORS, Placement
-from .batches import BatchReader, iterate, length_of, probe, to_device
-from .callback import run_function
+from .batches import iterate, length_of
+from .callback import run_callback
 from .checkpoint import check_checkpoint
-from .collector import Collector
-from .job import Job, Settings, wants_queue
-from .layerwise import plan_walk, run_layerwise
-from .memory import MemoryPlan, observe, plan_streaming
+from .job import Job, Sums
+from .layerwise import run_layerwise
+from .options import Options
 from .streaming import run_streaming
 
 
@@ -47,7 +43,6 @@ def calibrate(
     memory_limit: int | None = None,
     queue_tokens: int = 4096,
     accumulate: str = "fp32",
-    normalize: str | None = None,
     share_inputs: bool = True,
     shard: bool | None = None,
     progress: bool = True,
@@ -89,8 +84,6 @@ def calibrate(
         queue_tokens: Batches of fewer than half as many tokens are collected up to launches of at least that half.
         accumulate: ``"fp32"`` or ``"fp64"``, the precision of the sums. Half-precision inputs are multiplied exactly
             and summed in fp32, which suffices for the smallest eigenvalues of real activations.
-        normalize: ``"reference"`` divides each sample by the absolute value of its signed maximum, like the
-            published code; for comparisons only.
         share_inputs: Off, each layer gets a matrix of its own.
         shard: Several processes only. ``True``: all are given the same batches and each takes its share;
             ``False``: each is given its own; the default is ``False`` for a DataLoader with a DistributedSampler
@@ -108,140 +101,64 @@ def calibrate(
         IsADirectoryError: ``checkpoint`` is a folder.
         RuntimeError: Another process failed.
     """
-    model, config = uncompiled(model), config or LoraNullConfig()
-    _check_options(offload, checkpoint_every, queue_tokens)
-    if checkpoint is not None:
-        check_checkpoint(Path(checkpoint))
-    linears = target_linears(model, config.target_modules)
-    reader = BatchReader(model, mask, needs_head=bool(output_head_names(model) & set(linears)))
-    placement = _placement(device, None if low_memory else offload, queue_tokens, accumulate)
-    collector = Collector(linears, placement, share_inputs=share_inputs, normalize=normalize)
-    job = Job(model, reader, collector, input_device(model), checkpoint_every, progress)
-    options = {
-        "mask": mask,
-        "accumulate": accumulate,
-        "normalize": str(normalize),
-        "share_inputs": str(share_inputs),
-        "queue_tokens": str(queue_tokens),
-        "checkpoint_every": str(checkpoint_every),
-        "low_memory": str(low_memory),
-    }
-    settings = Settings(None if checkpoint is None else Path(checkpoint), offload, memory_limit, options)
-    with evaluating(model), announcing_failure():
-        if callable(batches) and not isinstance(batches, Iterable):
-            if low_memory or checkpoint is not None:
-                raise ValueError(
-                    "low_memory and checkpoint need the batches themselves, but batches is a function that runs the "
-                    "model. Pass a list, DataLoader or iterator of batches."
-                )
-            sums = run_function(job, batches, memory_limit)
-        else:
-            sharded = is_distributed(model)
-            if sharded and (low_memory or checkpoint is not None):
-                raise ValueError(
-                    "low_memory and checkpoint let the processes run different parts of the model, which waits for all "
-                    "of them where it is sharded. Leave them out, or calibrate before sharding."
-                )
-            source = iterate(batches, queue_tokens)
-            total = length_of(source)
-            if shard if shard is not None else not is_shared_out(batches):
-                source, total = share_of(source), None if total is None else len(list(share_of(range(total))))
-            if sharded:
-                require_lockstep(total)
-            sums = run_layerwise(job, source, settings) if low_memory else run_streaming(job, source, total, settings)
-    called = {name for names in sums.groups.values() for name in names}
-    provenance = {**_provenance(model, linears, config, called), **options, "data": sums.data}
-    result = Covariances(sums.matrices, sums.groups, sums.tokens, provenance)
-    _check_counts(result, linears)
+    options = Options(
+        mask=mask,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        device=device,
+        offload=offload,
+        low_memory=low_memory,
+        memory_limit=memory_limit,
+        queue_tokens=queue_tokens,
+        accumulate=accumulate,
+        share_inputs=share_inputs,
+        shard=shard,
+        progress=progress,
+    )
+    if options.checkpoint_path is not None:
+        check_checkpoint(options.checkpoint_path)
+    config = config or LoraNullConfig()
+    job = Job.of(uncompiled(model), config, options)
+    with evaluating(job.model), announcing_failure():
+        sums = run(job, batches)
+    result = Covariances(sums.matrices, sums.groups, sums.tokens, _provenance(job, config, sums))
+    _check_counts(result, job.linears)
     return result
 
 
-def memory_plan(
-    model: nn.Module,
-    batch: Any,
-    config: LoraNullConfig | None = None,
-    *,
-    tokens: int = 0,
-    device: str | torch.device | None = None,
-    offload: str | None = None,
-    low_memory: bool = False,
-    checkpoint: str | os.PathLike | None = None,
-    queue_tokens: int = 4096,
-    accumulate: str = "fp32",
-    share_inputs: bool = True,
-) -> MemoryPlan:
-    """Say what :func:`calibrate` with these arguments would keep in memory; runs one small forward pass.
-
-    The model may lie on the ``meta`` device: then nothing is computed or allocated.
-
-    Args:
-        model: The model.
-        batch: One batch.
-        config: As for :func:`calibrate`, like the other arguments.
-        tokens: ``B L`` summed over all batches, padding included; needed with ``low_memory``.
-        device: See :func:`calibrate`.
-        offload: See :func:`calibrate`.
-        low_memory: See :func:`calibrate`.
-        checkpoint: See :func:`calibrate`; nothing is read or written.
-        queue_tokens: See :func:`calibrate`.
-        accumulate: See :func:`calibrate`.
-        share_inputs: See :func:`calibrate`.
-
-    Returns:
-        The plan; ``str(plan)`` is a table, ``plan.total(device)`` the bytes on one device.
-    """
-    model, config = uncompiled(model), config or LoraNullConfig()
-    linears = target_linears(model, config.target_modules)
-    reader = BatchReader(model, "none", needs_head=bool(output_head_names(model) & set(linears)))
-    placement = _placement(device, None if low_memory else offload, queue_tokens, accumulate)
-    first = reader.read(batch, 0)
-    inputs = to_device(probe(first.inputs), input_device(model))
-    if reader.is_hf and next(model.parameters()).is_meta and not hasattr(model, "_hf_hook"):
-        # transformers looks at the values of positions and masks, and there are none; it takes a mask of four
-        # dimensions as it is
-        inputs = to_device(inputs, torch.device("meta"))
-        length = inputs["input_ids"].shape[1]
-        inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
-    with evaluating(model):
-        seen = observe(model, inputs, linears, share_inputs)
-    placement = replace(placement, queue=wants_queue([first], queue_tokens))
-    if not low_memory:
-        return plan_streaming(seen, placement)
-    return plan_walk(
-        model,
-        linears,
-        seen,
-        placement,
-        offload,
-        tokens=tokens or first.tokens,
-        largest_batch=first.tokens,
-        on_disk=checkpoint is not None,
-    )
+def run(job: Job, batches: Any) -> Sums:
+    """Sum over ``batches`` of any form, in the way that the job's options ask for."""
+    options, sharded = job.options, is_distributed(job.model)
+    walks = options.low_memory or options.checkpoint is not None
+    if callable(batches) and not isinstance(batches, Iterable):
+        if walks:
+            raise ValueError(
+                "low_memory and checkpoint need the batches themselves, but batches is a function that runs the "
+                "model. Pass a list, DataLoader or iterator of batches."
+            )
+        return run_callback(job, batches)
+    if sharded and walks:
+        raise ValueError(
+            "low_memory and checkpoint let the processes run different parts of the model, which waits for all "
+            "of them where it is sharded. Leave them out, or calibrate before sharding."
+        )
+    source, total = _share(batches, iterate(batches, options.queue_tokens), options.shard)
+    if sharded:
+        require_lockstep(total)
+    return run_layerwise(job, source) if options.low_memory else run_streaming(job, source, total)
 
 
-def _placement(device: str | torch.device | None, offload: str | None, queue_tokens: int, accumulate: str) -> Placement:
-    if accumulate not in ACCUMULATORS:
-        raise ValueError(f"accumulate is {accumulate!r}; expected one of {tuple(ACCUMULATORS)}.")
-    compute = None if device is None else torch.device(device)
-    if compute == torch.device("cuda") and torch.cuda.is_available():
-        # tensors name their device with its number
-        compute = torch.device("cuda", torch.cuda.current_device())
-    store = torch.device("cpu") if offload == "cpu" else None
-    return Placement(ACCUMULATORS[accumulate], compute, store, queue_tokens)
+def _share(batches: Any, source: Iterable[Any], shard: bool | None) -> tuple[Iterable[Any], int | None]:
+    """Return what this process reads of ``source``, which was made of ``batches``, and how many that are if known."""
+    total = length_of(source)
+    if shard is False or (shard is None and is_shared_out(batches)):
+        return source, total
+    return share_of(source), None if total is None else sum(1 for _ in share_of(range(total)))
 
 
-def _check_options(offload: str | None, checkpoint_every: int, queue_tokens: int) -> None:
-    if offload not in (None, "cpu"):
-        raise ValueError(f'offload is {offload!r}; expected None or "cpu".')
-    for name, value in (("checkpoint_every", checkpoint_every), ("queue_tokens", queue_tokens)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-
-
-def _provenance(
-    model: nn.Module, linears: Mapping[str, nn.Linear], config: LoraNullConfig, called: Set[str]
-) -> dict[str, str]:
-
+def _provenance(job: Job, config: LoraNullConfig, sums: Sums) -> dict[str, str]:
+    model, linears = job.model, job.linears
+    called = {name for names in sums.groups.values() for name in names}
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     return {
@@ -253,6 +170,8 @@ def _provenance(
         "base_fingerprint": fingerprint({name: linears[name] for name in linears if name in called}) or "",
         "without_tokens": json.dumps([name for name in linears if name not in called]),
         "target_modules": json.dumps(config.to_dict()["target_modules"]),
+        **job.options.key(),
+        "data": sums.data,
     }
 
 

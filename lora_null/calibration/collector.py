@@ -7,37 +7,34 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..covariances.packed import PackedMatrices, unpack_lower
+from ..covariances.packed import DenseMatrices, PackedMatrices, unpack_lower
 from ..ops.covariance import symmetrize_
 from ..system.distributed import add_up, exchange
 from .accumulator import Accumulator, Placement, Selection, Sum
 from .checkpoint import Progress
 from .shared_inputs import SharedInputs
 
-NORMALIZATIONS = (None, "reference")
-
 
 class Collector:
     """Receives the layers' inputs of one batch after another.
+
+    Args:
+        linears: The target layers by name, in the order of the model.
+        placement: Where and how the sums are kept.
+        share_inputs: Layers that receive the same tensor share a sum.
+        flush_every: Queues are emptied after so many batches. The order of additions, and so every bit of the result,
+            then depends on the data alone, not on whether checkpoints are written.
 
     Attributes:
         batch: Number of the batch that is running.
         shared: The groups found so far.
         accumulator: Their sums.
+        placement: Where and how they are kept.
     """
 
-    def __init__(
-        self,
-        linears: Mapping[str, nn.Linear],
-        placement: Placement,
-        *,
-        share_inputs: bool = True,
-        normalize: str | None = None,
-    ):
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize is {normalize!r}; expected one of {NORMALIZATIONS}.")
-        self.linears = linears
-        self.normalize = normalize
+    def __init__(self, linears: Mapping[str, nn.Linear], placement: Placement, *, share_inputs: bool, flush_every: int):
+        self.linears, self.placement = linears, placement
+        self.flush_every = flush_every
         self.shared = SharedInputs(share_inputs)
         self.accumulator = Accumulator(placement)
         self.batch = 0
@@ -47,9 +44,21 @@ class Collector:
         """Start a batch whose tokens count where ``mask (B, L)`` is True; ``None``: all count."""
         self.batch, self._selection = batch, Selection(mask)
 
-    def end(self) -> None:
-        """Finish the batch: raise ValueError if it held a NaN or an Inf."""
+    def end(self) -> bool:
+        """Finish the batch: True if the queues were emptied after it; ValueError if it held a NaN or an Inf."""
         self.accumulator.check()
+        if (self.batch + 1) % self.flush_every:
+            return False
+        self.accumulator.flush()
+        return True
+
+    def flush(self) -> None:
+        """Empty the queues, and check the sums."""
+        self.accumulator.flush()
+
+    def matrices(self) -> DenseMatrices:
+        """Return the flushed sums; their strict upper triangles are arbitrary."""
+        return DenseMatrices({key: entry.matrix for key, entry in self.accumulator.sums.items()})
 
     def receive(self, name: str, x: Tensor) -> None:
         """Take the input ``x (..., d)`` of the layer ``name``."""
@@ -60,8 +69,6 @@ class Collector:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach()
             self._check_alignment(name, x)
-            if self.normalize == "reference":
-                x = self._reference_normalized(x)
             self.accumulator.add(name, x.reshape(-1, x.shape[-1]), self._selection, self.batch)
 
     def progress(self) -> Progress:
@@ -99,24 +106,6 @@ class Collector:
             'or packed), pass mask="none" if padding may count, or leave the layer out of target_modules.'
         )
 
-    def _reference_normalized(self, x: Tensor) -> Tensor:
-        """Divide each sample by the absolute value of its signed maximum, as the published code does.
-
-        Samples with a large positive outlier are weighted down by its square, and the result is no longer the
-        second moment of the activations; for comparisons only. The published code's further division by 256 is
-        left out: a constant changes no null space.
-        """
-        samples = x.float()
-        if x.dim() < 3:
-            samples = samples.reshape(1, -1, x.shape[-1])
-        counted = samples
-        if self._selection.mask is not None:
-            mask = self._selection.mask.to(x.device).reshape(*samples.shape[:-1], 1)
-            counted = samples.masked_fill(~mask, -torch.inf)
-        largest = counted.flatten(1).amax(1).abs().nan_to_num(posinf=1.0)
-        scale = torch.where(largest == 0, 1.0, largest)
-        return (samples / scale.view(-1, *[1] * (samples.dim() - 1))).reshape(x.shape)
-
 
 def combined(collector: Collector) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, int]]:
     """Add the flushed sums up over all processes and mirror them: matrices, groups and tokens by key.
@@ -150,6 +139,6 @@ def combined(collector: Collector) -> tuple[dict[str, Tensor], dict[str, list[st
             entry.queue, matrix = None, entry.matrix
         else:
             # this process had no batch that reached the layer
-            matrix = torch.zeros(sides[key], sides[key], dtype=collector.accumulator.placement.dtype)
+            matrix = torch.zeros(sides[key], sides[key], dtype=collector.placement.dtype)
         matrices[key] = symmetrize_(add_up(matrix))
     return matrices, groups, {key: tokens[key] for key in groups}

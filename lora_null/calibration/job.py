@@ -1,4 +1,4 @@
-"""Passes of the model over the data: one for all layers, one per layer, or the caller's own."""
+"""What the three ways to calibrate share: model, reader of batches, progress bar, plan in the log, checkpoint."""
 
 from __future__ import annotations
 
@@ -6,41 +6,71 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..config import LoraNullConfig
 from ..models.identity import digest_of, weights_key
+from ..models.modes import input_device
+from ..models.targets import output_head_names, target_linears
 from ..system.distributed import rank_and_size
 from ..system.log import logger
-from .batches import Batch, BatchReader, probe, to_device
+from .batches import Batch, BatchReader, first_tokens, to_device
 from .checkpoint import Checkpoint
 from .collector import Collector
-from .memory import MemoryPlan, Observation, observe
+from .memory import MemoryPlan
+from .options import Options
+from .probe import Probe, probe
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """What all passes need.
+    """One calibration.
 
     Attributes:
-        flush_every: Queues are emptied after so many batches. The order of additions, and so every bit of the result,
-            then depends on the data alone, not on whether checkpoints are written.
+        linears: The target layers by name, in the order of the model.
+        inputs_to: Device of the model's inputs; ``None``: hooks move them.
     """
 
     model: nn.Module
+    linears: Mapping[str, nn.Linear]
+    options: Options
     reader: BatchReader
-    collector: Collector
     inputs_to: torch.device | None
-    flush_every: int
-    progress: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, config: LoraNullConfig, options: Options) -> Job:
+        """Find the target layers of ``model``; ValueError if there are none."""
+        linears = target_linears(model, config.target_modules)
+        reader = BatchReader(model, options.mask, needs_head=bool(output_head_names(model) & set(linears)))
+        return cls(model, linears, options, reader, input_device(model))
+
+    def collector(self, batches: Sequence[Batch] | None) -> Collector:
+        """Return an empty collector, with queues if any of ``batches`` needs one; ``None``: they are not known."""
+        queue = batches is None or wants_queue(batches, self.options.queue_tokens)
+        return Collector(
+            self.linears,
+            self.options.placement(queue),
+            share_inputs=self.options.share_inputs,
+            flush_every=self.options.checkpoint_every,
+        )
+
+    def probe(self, batch: Batch) -> Probe:
+        """Run a few tokens of ``batch``."""
+        inputs = to_device(first_tokens(batch.inputs), self.inputs_to)
+        return probe(self.model, inputs, self.linears, self.options.share_inputs)
+
+    def run(self, batch: Batch) -> None:
+        """Run the model on ``batch``, unless none of its tokens counts."""
+        if batch.tokens:
+            self.model(**to_device(batch.inputs, self.inputs_to))
 
     @contextmanager
     def bar(self, total: int | None, initial: int = 0, unit: str = "batch") -> Iterator[Callable[[int], None]]:
         """Show progress, on the first process only; yields ``advance(tokens)``."""
-        silent = not self.progress or rank_and_size()[0] > 0
+        silent = not self.options.progress or rank_and_size()[0] > 0
         start, tokens = time.perf_counter(), 0
         with tqdm(total=total, initial=initial, desc="calibrate", unit=unit, disable=silent) as bar:
 
@@ -52,23 +82,24 @@ class Job:
 
             yield advance
 
-    def end_batch(self, index: int) -> bool:
-        """Check the batch; True if the queues were emptied after it."""
-        self.collector.end()
-        if (index + 1) % self.flush_every:
-            return False
-        self.collector.accumulator.flush()
-        return True
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where a run keeps things, and the options that its checkpoint's key names."""
-
-    checkpoint: Path | None
-    offload: str | None
-    memory_limit: int | None
-    options: Mapping[str, str]
+    @contextmanager
+    def checkpoint(self, **also: str) -> Iterator[Checkpoint | None]:
+        """Hold this process's checkpoint, if one is wanted; ``also`` must be equal too for the sums to be continued."""
+        path = self.options.checkpoint_path
+        if path is None:
+            yield None
+            return
+        rank, size = rank_and_size()
+        key = {
+            "model": weights_key(self.model),
+            "targets": digest_of(self.linears),
+            **self.options.key(),
+            **also,
+            "process": f"{rank} of {size}",
+        }
+        checkpoint = Checkpoint(path if size == 1 else path.with_name(f"{path.name}.rank{rank}"), key)
+        with checkpoint.locked():
+            yield checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,12 +117,8 @@ def wants_queue(batches: Sequence[Batch], queue_tokens: int) -> bool:
     return any(batch.shape is None or 2 * batch.shape[0] * batch.shape[1] < queue_tokens for batch in batches)
 
 
-def _observe(job: Job, batch: Batch) -> Observation:
-    inputs = to_device(probe(batch.inputs), job.inputs_to)
-    return observe(job.model, inputs, job.collector.linears, job.collector.shared.share)
-
-
-def _log_plan(plan: MemoryPlan, limit: int | None, refuse: bool = True) -> None:
+def log_plan(plan: MemoryPlan, limit: int | None, refuse: bool = True) -> None:
+    """Log the plan; ``refuse``: raise ValueError if it does not fit."""
     logger.info("%s", plan)
     if refuse:
         plan.check(
@@ -99,14 +126,3 @@ def _log_plan(plan: MemoryPlan, limit: int | None, refuse: bool = True) -> None:
             "Pass low_memory=True to keep one decoder layer's covariances at a time, with a checkpoint to keep the "
             'finished ones on disk, or offload="cpu" to keep all of them in CPU memory, or fewer target_modules.',
         )
-
-
-def _open(path: Path, job: Job, options: Mapping[str, str]) -> Checkpoint:
-    rank, size = rank_and_size()
-    key = {
-        "model": weights_key(job.model),
-        "targets": digest_of(job.collector.linears),
-        **options,
-        "process": f"{rank} of {size}",
-    }
-    return Checkpoint(path if size == 1 else path.with_name(f"{path.name}.rank{rank}"), key)

@@ -4,66 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .accumulator import Placement
-from .shared_inputs import SharedInputs, watching
-
-
-@dataclass(frozen=True)
-class SeenInput:
-    """The input of a group of layers, as the probe saw it."""
-
-    d: int
-    device: torch.device
-    dtype: torch.dtype
-
-
-@dataclass
-class Observation:
-    """What a small forward pass showed.
-
-    Attributes:
-        groups: Key to members.
-        inputs: Key to the input's size, device and dtype.
-        unreached: Target layers that the pass did not call; each counts as a group of its own.
-    """
-
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    inputs: dict[str, SeenInput] = field(default_factory=dict)
-    unreached: tuple[str, ...] = ()
-
-
-def observe(model: nn.Module, inputs: Mapping, linears: Mapping[str, nn.Linear], share_inputs: bool) -> Observation:
-    """Run ``model(**inputs)`` once to see which layers share an input; nothing is summed."""
-    shared, seen = SharedInputs(share_inputs), {}
-
-    def receive(name: str, x: Tensor) -> None:
-        if shared.receive(name, x):
-            seen[name] = SeenInput(x.shape[-1], x.device, x.dtype)
-
-    with watching(linears, receive):
-        model(**inputs)
-    groups = shared.members()
-    reached = {name for names in groups.values() for name in names}
-    unreached = tuple(name for name in linears if name not in reached)
-    for name in unreached:
-        weight = linears[name].weight
-        groups[name], seen[name] = (name,), SeenInput(linears[name].in_features, weight.device, weight.dtype)
-    return Observation(groups, seen, unreached)
-
-
-def unobserved(linears: Mapping[str, nn.Linear]) -> Observation:
-    """Assume that no two layers share an input: the most that calibration can need."""
-    return Observation(
-        {name: (name,) for name in linears},
-        {name: SeenInput(m.in_features, m.weight.device, m.weight.dtype) for name, m in linears.items()},
-        tuple(linears),
-    )
+from .probe import Probe
 
 
 @dataclass(frozen=True)
@@ -128,7 +76,7 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def plan_streaming(seen: Observation, placement: Placement) -> MemoryPlan:
+def plan_streaming(seen: Probe, placement: Placement) -> MemoryPlan:
     """Plan one pass over the data with all sums at once."""
     title = f"{len(seen.groups)} covariances for {sum(map(len, seen.groups.values()))} linear layers"
     items = _sums(seen, list(seen.groups), placement) + _queues(seen, list(seen.groups), placement)
@@ -136,7 +84,7 @@ def plan_streaming(seen: Observation, placement: Placement) -> MemoryPlan:
 
 
 def plan_layerwise(
-    seen: Observation,
+    seen: Probe,
     placement: Placement,
     layer_keys: Sequence[Sequence[str]],
     layer_modules: Sequence[nn.Module],
@@ -150,7 +98,7 @@ def plan_layerwise(
     """Plan one pass per decoder layer, with that layer's sums only.
 
     Args:
-        seen: From :func:`observe`.
+        seen: From :func:`~lora_null.calibration.probe.probe`.
         placement: Of the sums of the layer at work.
         layer_keys: The group keys of each layer.
         layer_modules: The layers.
@@ -179,7 +127,7 @@ def plan_layerwise(
     return MemoryPlan(f"{len(seen.groups)} covariances, layer by layer over {len(layer_modules)} layers", tuple(items))
 
 
-def _sums(seen: Observation, keys: Sequence[str], placement: Placement) -> list[Item]:
+def _sums(seen: Probe, keys: Sequence[str], placement: Placement) -> list[Item]:
     counts: Counter[tuple[torch.device, int]] = Counter()
     scratch: dict[torch.device, set[int]] = defaultdict(set)
     for key in keys:
@@ -202,7 +150,7 @@ def _sums(seen: Observation, keys: Sequence[str], placement: Placement) -> list[
     return items
 
 
-def _queues(seen: Observation, keys: Sequence[str], placement: Placement) -> list[Item]:
+def _queues(seen: Probe, keys: Sequence[str], placement: Placement) -> list[Item]:
     sizes: Counter[torch.device] = Counter()
     for key in keys:
         shape = seen.inputs[key]

@@ -1,4 +1,4 @@
-"""Calibrate in one pass of the model over the data."""
+"""Calibrate in one pass of the model over the data, with all sums at the same time."""
 
 from __future__ import annotations
 
@@ -10,82 +10,89 @@ from typing import Any
 
 import torch
 
-from ..covariances.packed import DenseMatrices
 from ..models.identity import digest_of
 from ..system.distributed import exchange
-from .batches import Batch, DataFingerprint, to_device
+from .batches import Batch, DataFingerprint
 from .checkpoint import Checkpoint
-from .collector import combined
-from .job import Job, Settings, Sums, _log_plan, _observe, _open, wants_queue
+from .collector import Collector, combined
+from .job import Job, Sums, log_plan
 from .memory import plan_streaming
 from .shared_inputs import watching
 
 
-def run_streaming(job: Job, source: Iterable[Any], total: int | None, settings: Settings) -> Sums:
-    """Run all batches once, with all sums at the same time."""
-    items = iter(source)
-    first = [job.reader.read(item, 0) for item in islice(items, 1)]
-    linears, accumulator = job.collector.linears, job.collector.accumulator
+def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
+    """Run the model once over the batches of ``source``, of which there are ``total`` if that is known."""
+    batches = (job.reader.read(item, index) for index, item in enumerate(source))
+    # a process may have got no batch at all
+    first = list(islice(batches, 1))
+    collector = job.collector(first)
     with ExitStack() as stack:
-        checkpoint, device_of = None, {}
-        # a process may have got no batch at all
+        checkpoint, devices = None, {}
         if first:
-            seen = _observe(job, first[0])
-            placement = replace(accumulator.placement, queue=wants_queue(first, accumulator.placement.queue_tokens))
-            accumulator.placement = placement
-            _log_plan(plan_streaming(seen, placement), settings.memory_limit)
-            for key, names in seen.groups.items():
-                where = placement.store or placement.compute or seen.inputs[key].device
-                device_of.update(dict.fromkeys(names, where))
-            if settings.checkpoint is not None:
-                checkpoint = _open(settings.checkpoint, job, settings.options)
-                stack.enter_context(checkpoint.locked())
-        rest = (job.reader.read(item, index) for index, item in enumerate(items, 1))
-        with watching(linears, job.collector.receive):
-            data = stream(job, chain(first, rest), total, checkpoint, device_of)
-    return Sums(*combined(job.collector), data=digest_of(exchange(data)))
-
-
-def stream(
-    job: Job,
-    batches: Iterable[Batch],
-    total: int | None,
-    checkpoint: Checkpoint | None,
-    device_of: Mapping[str, torch.device],
-) -> str:
-    """Run the model once over all batches; returns the fingerprint of the data."""
-    data = DataFingerprint()
-    resumed = checkpoint.load() if checkpoint else None
-    done = resumed[0].batches if resumed else 0
-    if resumed:
-        job.collector.restore(*resumed, device_of)
-    count = 0
-
-    def save(finished: bool) -> None:
-        if checkpoint:
-            state = replace(job.collector.progress(), batches=count, data=str(data), finished=finished)
-            matrices = {key: entry.matrix for key, entry in job.collector.accumulator.sums.items()}
-            checkpoint.save(state, DenseMatrices(matrices))
-
-    with job.bar(total, initial=done) as advance:
-        for batch in batches:
-            index, count = count, count + 1
-            data.add(batch)
-            if count <= done:
-                if count == done and checkpoint and resumed:
-                    checkpoint.refuse_other({"data": resumed[0].data}, {"data": str(data)})
+            devices = _plan(job, collector, first[0])
+            checkpoint = stack.enter_context(job.checkpoint())
+        record = _Record(collector, checkpoint, devices)
+        advance = stack.enter_context(job.bar(total, initial=record.done))
+        stack.enter_context(watching(job.linears, collector.receive))
+        for index, batch in enumerate(chain(first, batches)):
+            if record.holds(batch):
                 continue
-            if checkpoint and resumed and resumed[0].finished:
-                checkpoint.refuse_other({"batches": str(done)}, {"batches": f"more than {done}"})
-            if batch.tokens:
-                job.collector.begin(index, batch.mask)
-                job.model(**to_device(batch.inputs, job.inputs_to))
-            if job.end_batch(index):
-                save(finished=False)
+            collector.begin(index, batch.mask)
+            job.run(batch)
+            if collector.end():
+                record.save(finished=False)
             advance(batch.tokens)
-    if checkpoint and count < done:
-        checkpoint.refuse_other({"batches": f"at least {done}"}, {"batches": str(count)})
-    if not (resumed and resumed[0].finished):
-        job.collector.accumulator.flush()
-        save(finished=True)
-    return str(data)
+        record.finish()
+    return Sums(*combined(collector), data=digest_of(exchange(str(record.data))))
+
+
+def _plan(job: Job, collector: Collector, first: Batch) -> dict[str, torch.device]:
+    """Refuse a plan that does not fit; return the device of the sum to which each target layer may belong."""
+    seen, placement = job.probe(first), collector.placement
+    log_plan(plan_streaming(seen, placement), job.options.memory_limit)
+    home = placement.store or placement.compute
+    return {name: home or seen.inputs[key].device for key, names in seen.groups.items() for name in names}
+
+
+class _Record:
+    """Which batches are in the sums, in memory and in the checkpoint, which is read here.
+
+    Attributes:
+        done: How many batches the checkpoint's sums hold.
+        data: Fingerprint of the batches met so far.
+    """
+
+    def __init__(self, collector: Collector, checkpoint: Checkpoint | None, devices: Mapping[str, torch.device]):
+        self.collector, self.checkpoint = collector, checkpoint
+        self.data, self.count = DataFingerprint(), 0
+        loaded = checkpoint.load() if checkpoint else None
+        self.saved = loaded[0] if loaded else None
+        self.done = self.saved.batches if self.saved else 0
+        if loaded:
+            collector.restore(*loaded, devices)
+
+    def holds(self, batch: Batch) -> bool:
+        """Take a batch into account; True if the sums held it when they were read."""
+        self.count += 1
+        self.data.add(batch)
+        if self.checkpoint and self.saved:
+            if self.count == self.done:
+                self.checkpoint.refuse_other({"data": self.saved.data}, {"data": str(self.data)})
+            if self.count > self.done and self.saved.finished:
+                self.checkpoint.refuse_other({"batches": str(self.done)}, {"batches": f"more than {self.done}"})
+        return self.count <= self.done
+
+    def save(self, finished: bool) -> None:
+        """Write the flushed sums."""
+        if self.checkpoint:
+            state = self.collector.progress()
+            state = replace(state, batches=self.count, data=str(self.data), finished=finished)
+            self.checkpoint.save(state, self.collector.matrices())
+
+    def finish(self) -> None:
+        """Flush and save at the end of the data; refuse data that end before the checkpoint does."""
+        if self.checkpoint and self.count < self.done:
+            self.checkpoint.refuse_other({"batches": f"at least {self.done}"}, {"batches": str(self.count)})
+        if not (self.saved and self.saved.finished):
+            self.collector.flush()
+            self.save(finished=True)

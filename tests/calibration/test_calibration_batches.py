@@ -88,7 +88,6 @@ def test_bad_input_gets_a_clear_error():
     for option, value in [
         ("mask", "padding"),
         ("accumulate", "bf16"),
-        ("normalize", "max"),
         ("offload", "disk"),
         ("queue_tokens", 0),
         ("checkpoint_every", 0),

@@ -1,5 +1,6 @@
 """Interrupted calibrations continue to the same bits, and never on top of something else."""
 
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from lora_null import Covariances, LoraNullConfig, calibrate
@@ -124,6 +126,25 @@ def test_another_key_is_refused_naming_both(tmp_path, change, names):
     with pytest.raises(ValueError, match=rf"(?s)run\.ckpt belongs to another calibration.*{names}.*another path"):
         calibrate(**{**arguments, **{k: v() if callable(v) else v for k, v in change.items()}}, checkpoint=path)
     assert path.read_bytes() == before
+
+
+def test_the_key_keeps_the_strings_of_checkpoints_that_exist(tmp_path):
+    path = tmp_path / "c"
+    calibrate(llama(), batches(2), checkpoint=path)
+    with safe_open(path, framework="pt") as file:
+        key = json.loads(file.metadata()["key"])
+    assert list(key)[:3] == ["format", "model", "targets"]
+    assert {name: key[name] for name in list(key)[3:]} == {
+        "mask": "attention",
+        "accumulate": "fp32",
+        "normalize": "None",
+        "share_inputs": "True",
+        "queue_tokens": "4096",
+        "checkpoint_every": "32",
+        "low_memory": "False",
+        "process": "0 of 1",
+    }
+    assert key["format"] == "1"
 
 
 def test_a_finished_checkpoint_refuses_more_data(tmp_path):

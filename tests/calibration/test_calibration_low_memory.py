@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_null import LoraNullConfig, calibrate
-from lora_null.calibration.calibrate import memory_plan
+from lora_null import LoraNullConfig, calibrate, memory_plan
 
 # Tiny products are faster on one thread, and the bits of a sum depend on the number of threads.
 pytestmark = pytest.mark.usefixtures("one_thread")

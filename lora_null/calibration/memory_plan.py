@@ -1,0 +1,86 @@
+"""What a calibration would keep in memory, without running it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import LoraNullConfig
+from ..models.modes import evaluating
+from ..models.wrappers import uncompiled
+from .batches import Batch, first_tokens, to_device
+from .job import Job
+from .layerwise import plan_walk
+from .memory import MemoryPlan, plan_streaming
+from .options import Options
+from .probe import Probe, probe
+
+
+def memory_plan(
+    model: nn.Module,
+    batch: Any,
+    config: LoraNullConfig | None = None,
+    *,
+    tokens: int = 0,
+    device: str | torch.device | None = None,
+    offload: str | None = None,
+    low_memory: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    queue_tokens: int = 4096,
+    accumulate: str = "fp32",
+    share_inputs: bool = True,
+) -> MemoryPlan:
+    """Say what :func:`calibrate` with these arguments would keep in memory; runs one small forward pass.
+
+    The model may lie on the ``meta`` device: then nothing is computed or allocated.
+
+    Args:
+        model: The model.
+        batch: One batch.
+        config: As for :func:`calibrate`, like the other arguments.
+        tokens: ``B L`` summed over all batches, padding included; needed with ``low_memory``.
+        device: See :func:`calibrate`.
+        offload: See :func:`calibrate`.
+        low_memory: See :func:`calibrate`.
+        checkpoint: See :func:`calibrate`; nothing is read or written.
+        queue_tokens: See :func:`calibrate`.
+        accumulate: See :func:`calibrate`.
+        share_inputs: See :func:`calibrate`.
+
+    Returns:
+        The plan; ``str(plan)`` is a table, ``plan.total(device)`` the bytes on one device.
+    """
+    options = Options(
+        mask="none",
+        checkpoint=checkpoint,
+        device=device,
+        offload=offload,
+        low_memory=low_memory,
+        queue_tokens=queue_tokens,
+        accumulate=accumulate,
+        share_inputs=share_inputs,
+    )
+    job = Job.of(uncompiled(model), config or LoraNullConfig(), options)
+    first = job.reader.read(batch, 0)
+    with evaluating(job.model):
+        seen = _probe(job, first)
+    placement = job.collector([first]).placement
+    if not low_memory:
+        return plan_streaming(seen, placement)
+    return plan_walk(job, seen, placement, tokens=tokens or first.tokens, largest_batch=first.tokens)
+
+
+def _probe(job: Job, batch: Batch) -> Probe:
+    """Probe the model, which may be on the ``meta`` device."""
+    meta = torch.device("meta")
+    if not (job.reader.is_hf and next(job.model.parameters()).is_meta and not hasattr(job.model, "_hf_hook")):
+        return job.probe(batch)
+    inputs = to_device(first_tokens(batch.inputs), meta)
+    # transformers looks at the values of positions and masks, and there are none; it takes a mask of four
+    # dimensions as it is
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device=meta)
+    return probe(job.model, inputs, job.linears, job.options.share_inputs)

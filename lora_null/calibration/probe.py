@@ -1,0 +1,60 @@
+"""One small forward pass shows which layers share an input, and of what kind it is; nothing is summed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .shared_inputs import SharedInputs, watching
+
+
+@dataclass(frozen=True)
+class SeenInput:
+    """The input of a group of layers, as the probe saw it."""
+
+    d: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass
+class Probe:
+    """What a small forward pass showed.
+
+    Attributes:
+        groups: Key to members.
+        inputs: Key to the input's size, device and dtype.
+        unreached: Target layers that the pass did not call; each counts as a group of its own.
+    """
+
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    inputs: dict[str, SeenInput] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+
+
+def probe(model: nn.Module, inputs: Mapping, linears: Mapping[str, nn.Linear], share_inputs: bool) -> Probe:
+    """Run ``model(**inputs)`` once."""
+    shared, seen = SharedInputs(share_inputs), {}
+
+    def receive(name: str, x: Tensor) -> None:
+        if shared.receive(name, x):
+            seen[name] = SeenInput(x.shape[-1], x.device, x.dtype)
+
+    with watching(linears, receive):
+        model(**inputs)
+    groups = shared.members()
+    reached = {name for names in groups.values() for name in names}
+    rest = unprobed({name: linear for name, linear in linears.items() if name not in reached})
+    return Probe({**groups, **rest.groups}, {**seen, **rest.inputs}, rest.unreached)
+
+
+def unprobed(linears: Mapping[str, nn.Linear]) -> Probe:
+    """Assume that no two layers share an input: the most that calibration can need."""
+    return Probe(
+        {name: (name,) for name in linears},
+        {name: SeenInput(m.in_features, m.weight.device, m.weight.dtype) for name, m in linears.items()},
+        tuple(linears),
+    )

@@ -1,0 +1,163 @@
+"""Carry the hidden states of all batches from decoder layer to decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch, to_device
+
+
+class _LayerDone(BaseException):
+    """Ends a forward pass once its layer has run; not an Exception, so that no model catches it by accident."""
+
+
+def decoder_layers(model: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[str, list[nn.Module]]:
+    """Return the name and members of the list of layers that holds most of the target linears.
+
+    Raises:
+        ValueError: The model has no ``nn.ModuleList`` with target linears in it, or that list repeats a layer.
+    """
+    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            count = sum(linear.startswith(name + ".") for linear in linears)
+            # named_modules lists parents first: among equals the outermost list wins
+            if count > best[0]:
+                best = count, name, list(module)
+    if not best[0]:
+        raise ValueError(
+            f"{type(model).__name__} has no torch.nn.ModuleList that holds target layers, so low_memory=True cannot "
+            "walk through it. Expected a stack of decoder layers; calibrate it with low_memory=False."
+        )
+    if len({id(layer) for layer in best[2]}) < len(best[2]):
+        raise ValueError(f"A layer of {best[1]} is used twice; low_memory=True cannot tell its turns apart.")
+    return best[1], best[2]
+
+
+def split_by_layer(
+    linears: Mapping[str, nn.Linear], name: str, count: int
+) -> tuple[list[dict[str, nn.Linear]], dict[str, nn.Linear]]:
+    """Sort the target linears by the ``count`` layers of the list ``name``; the second result are all others."""
+    inside = [{n: m for n, m in linears.items() if n.startswith(f"{name}.{i}.")} for i in range(count)]
+    taken = {n for layer in inside for n in layer}
+    return inside, {n: m for n, m in linears.items() if n not in taken}
+
+
+class LayerWalk:
+    """Hidden states of all batches, carried from layer to layer.
+
+    For each layer and batch the model's own forward runs, with the earlier layers replaced by a pass-through
+    that ends in the stored hidden state, and is left as soon as the layer is done. So each layer gets exactly the
+    masks, positions and rotary embeddings that the model makes for it, which differ between layers in some models
+    (sliding windows), and none of that is stored.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers, in order of execution.
+        batches: All batches.
+        compute: Device to which each layer's weights are copied for its turn; ``None``: they stay.
+        keep: Device for the hidden states; ``None``: where the layers leave them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        batches: Sequence[Batch],
+        *,
+        inputs_to: torch.device | None,
+        compute: torch.device | None,
+        keep: torch.device | None,
+    ):
+        self.model, self.layers, self.batches = model, layers, batches
+        self.inputs_to, self.compute, self.keep = inputs_to, compute, keep
+        self._hidden: list[Tensor | None] = [None] * len(batches)
+        self._rest: list[tuple | None] = [None] * len(layers)
+
+    def run(self, number: int, batch: int, *, to_the_end: bool = False) -> None:
+        """Run layer ``number`` on batch ``batch``; ``to_the_end``: and what the model has after it."""
+        layer = self.layers[number]
+        original = layer.forward
+
+        def work(*args: Any, **kwargs: Any) -> Any:
+            output = original(*to_device(args, self.compute), **to_device(kwargs, self.compute))
+            hidden, self._rest[number] = _hidden_and_rest(output, number)
+            self._hidden[batch] = hidden.detach().to(self.keep or hidden.device)
+            if not to_the_end:
+                raise _LayerDone
+            return to_device(output, _incoming(args, kwargs).device)
+
+        forwards = {earlier: self._passing(k, batch, k == number - 1) for k, earlier in enumerate(self.layers[:number])}
+        with replaced_forwards({**forwards, layer: work}):
+            try:
+                self.model(**to_device(self.batches[batch].inputs, self.inputs_to))
+            except _LayerDone:
+                pass
+
+    def _passing(self, number: int, batch: int, is_last: bool) -> Callable:
+        """Return a forward that stands for layer ``number``; the last one hands out the stored hidden state."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = _incoming(args, kwargs), self._rest[number]
+            if is_last:
+                stored = self._hidden[batch]
+                assert stored is not None
+                hidden = stored.to(hidden.device)
+            return hidden if rest is None else (hidden, *rest)
+
+        return forward
+
+    @contextmanager
+    def prepared(self, number: int) -> Iterator[None]:
+        """Hold the weights of layer ``number`` on the compute device for the length of the block."""
+        layer = self.layers[number]
+        if self.compute is None:
+            yield
+            return
+        tensors = [*layer.parameters(), *layer.buffers()]
+        homes = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.compute, non_blocking=True)
+            yield
+        finally:
+            # The original memory comes back, not a copy: nothing to transfer, and not a bit can differ.
+            for tensor, home in zip(tensors, homes, strict=True):
+                tensor.data = home
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Replace ``forward`` of modules for the length of the block, under their hooks."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own  # type: ignore[method-assign]
+
+
+def _incoming(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _hidden_and_rest(output: Any, number: int) -> tuple[Tensor, tuple | None]:
+    """Take a layer's output apart: the hidden state, and what else its tuple holds, if it is one."""
+    if isinstance(output, Tensor):
+        return output, None
+    if isinstance(output, tuple) and output and not any(isinstance(value, Tensor) for value in output[1:]):
+        return output[0], output[1:]
+    raise ValueError(
+        f"Decoder layer {number} returns a {type(output).__name__}; low_memory=True needs layers that pass on one "
+        "tensor, the hidden state. Calibrate this model with low_memory=False."
+    )
