@@ -35,6 +35,11 @@ class Batch:
     shape: tuple[int, ...] | None
     tokens: int
 
+    @property
+    def positions(self) -> int:
+        """``B L``, padding included; the tokens that count where the model does not read token ids."""
+        return self.shape[0] * self.shape[1] if self.shape else self.tokens
+
 
 class BatchReader:
     """Turns whatever a user iterates over into :class:`Batch` objects.

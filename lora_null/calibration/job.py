@@ -114,7 +114,7 @@ class Sums:
 
 def wants_queue(batches: Sequence[Batch], queue_tokens: int) -> bool:
     """Tell whether any of the batches is too small for a launch of its own."""
-    return any(batch.shape is None or 2 * batch.shape[0] * batch.shape[1] < queue_tokens for batch in batches)
+    return any(batch.shape is None or 2 * batch.positions < queue_tokens for batch in batches)
 
 
 def log_plan(plan: MemoryPlan, limit: int | None, refuse: bool = True) -> None:

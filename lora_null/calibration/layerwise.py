@@ -28,7 +28,7 @@ def run_layerwise(job: Job, source: Iterable[Any]) -> Sums:
     collector, options = job.collector(batches), job.options
     name, layers = decoder_layers(job.model, job.linears)
     if batches:
-        sizes = [batch.shape[0] * batch.shape[1] if batch.shape else batch.tokens for batch in batches]
+        sizes = [batch.positions for batch in batches]
         plan = plan_walk(job, job.probe(batches[0]), collector.placement, tokens=sum(sizes), largest_batch=max(sizes))
         log_plan(plan, options.memory_limit)
     data = DataFingerprint()

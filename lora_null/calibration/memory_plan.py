@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,11 +67,16 @@ def memory_plan(
     job = Job.of(uncompiled(model), config or LoraNullConfig(), options)
     first = job.reader.read(batch, 0)
     with evaluating(job.model):
-        seen = _probe(job, first)
-    placement = job.collector([first]).placement
-    if not low_memory:
-        return plan_streaming(seen, placement)
-    return plan_walk(job, seen, placement, tokens=tokens or first.tokens, largest_batch=first.tokens)
+        return plan_for(job, [first], tokens=tokens or first.positions)[0]
+
+
+def plan_for(job: Job, batches: Sequence[Batch], *, tokens: int) -> tuple[MemoryPlan, Probe]:
+    """Plan for ``tokens`` tokens in ``batches`` and more of their kind; returns also what the first of them showed."""
+    seen = _probe(job, batches[0])
+    if not job.options.low_memory:
+        return plan_streaming(seen, job.collector(batches[:1]).placement), seen
+    largest = max(batch.positions for batch in batches)
+    return plan_walk(job, seen, job.collector(batches).placement, tokens=tokens, largest_batch=largest), seen
 
 
 def _probe(job: Job, batch: Batch) -> Probe:

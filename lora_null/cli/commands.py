@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ def calibrate(
         Path | None, typer.Option(help="File of the sums in progress; an interrupted run goes on from it.")
     ] = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="One decoder layer at a time.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print memory, tokens, time and size, and write nothing.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -35,21 +38,20 @@ def calibrate(
 ) -> None:
     """Sum the activation covariances of a model over calibration text."""
     from ..calibration.calibrate import calibrate as run
-    from ..calibration.checkpoint import check_checkpoint
+    from ..calibration.estimate import estimate
+    from ..calibration.options import Options
     from ..calibration.texts import check_sizes, read_texts, token_batches
     from ..models.loading import load_model
 
-    if output.is_dir():
-        raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
-    if output.resolve() == data.resolve():
-        raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
-    refuse_existing(output, overwrite)
-    if checkpoint is not None:
-        refuse_below_file(checkpoint)
-        if checkpoint.resolve() == output.resolve():
-            raise ValueError(f"checkpoint and output are both {output}; expected a file for each. Name another one.")
-        check_checkpoint(checkpoint)
+    _check_outputs(output, checkpoint, data, overwrite)
     check_sizes(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
+    options: dict[str, Any] = {
+        "mask": mask,
+        "accumulate": accumulate,
+        "checkpoint": checkpoint,
+        "low_memory": low_memory,
+    }
+    checked = Options(**options)
     texts = read_texts(data, field=field)
     config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -61,17 +63,10 @@ def calibrate(
         max_tokens=max_tokens,
         seed=seed,
     )
-    covariances = run(
-        loaded,
-        batches,
-        config,
-        mask=mask,
-        accumulate=accumulate,
-        checkpoint=checkpoint,
-        low_memory=low_memory,
-        progress=progress,
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if dry_run:
+        typer.echo(estimate(loaded, batches, config, checked))
+        return
+    covariances = run(loaded, batches, config, **options, progress=progress)
     covariances.save(output, overwrite=overwrite)
     typer.echo(f"{output}: {covariances!r}")
 
@@ -170,6 +165,22 @@ def merge(
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
     typer.echo(f"{output}: merged model.")
+
+
+def _check_outputs(output: Path, checkpoint: Path | None, data: Path, overwrite: bool) -> None:
+    """Refuse what ``calibrate`` could not write, or may not."""
+    from ..calibration.checkpoint import check_checkpoint
+
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
+    if output.resolve() == data.resolve():
+        raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
+    refuse_existing(output, overwrite)
+    if checkpoint is not None:
+        refuse_below_file(checkpoint)
+        if checkpoint.resolve() == output.resolve():
+            raise ValueError(f"checkpoint and output are both {output}; expected a file for each. Name another one.")
+        check_checkpoint(checkpoint)
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -50,7 +51,7 @@ class TestHelp:
             "inspect": [adapter_report, spectrum_report],
             "quickstart": [Settings],
         }
-        common = {"output", "overwrite", "dtype", "device", "json"}
+        common = {"output", "overwrite", "dry_run", "dtype", "device", "json"}
         for name, functions in behind.items():
             (command,) = [c.callback for c in cli.app.registered_commands if c.callback.__name__ == name]
             known = fields | common | {p for f in functions for p in inspect.signature(f).parameters}
@@ -76,6 +77,26 @@ class TestCommands:
         expected = lora_null.calibrate(load(folder), batches, progress=False)
         assert covariances.tokens == expected.tokens and covariances.groups == expected.groups
         assert all(torch.equal(covariances[key], matrix) for key, matrix in expected.items())
+
+    @pytest.mark.parametrize("options", [(), ("--low-memory",)])
+    def test_a_dry_run_says_what_it_would_take_and_writes_nothing(self, folder, run, tokenizer, options):
+        before = sorted(folder.rglob("*"))
+        calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--output", folder / "new" / "cov")
+        code, out, err = run(*calibrate, "--checkpoint", folder / "new" / "run", "--dry-run", *options)
+        assert code == 0, err
+        assert sorted(folder.rglob("*")) == before
+        model, batches = load(folder), token_batches(tokenizer, read_texts(folder / "text.txt"), max_tokens=65536)
+        tokens = sum(batch["attention_mask"].numel() for batch in batches)
+        plan = lora_null.memory_plan(
+            model, batches[0], tokens=tokens, low_memory=bool(options), checkpoint=folder / "new" / "run"
+        )
+        assert str(plan) in out
+        assert f"Tokens: {sum(int(batch['attention_mask'].sum()) for batch in batches):,}\n" in out
+        assert f"extrapolated from one batch of {max(b['input_ids'].numel() for b in batches)} positions" in out
+        assert run(*calibrate)[0] == 0
+        [size] = re.findall(r"File: ([\d.]+) KiB", out)
+        header = 2**13
+        assert 0 < (folder / "new" / "cov").stat().st_size - 2**10 * float(size) < header
 
     @pytest.mark.parametrize("mode", ["--freeze-a", "--no-freeze-a"])
     def test_init_changes_no_output_and_can_be_trained_on(self, calibrated_folder, run, mode):
