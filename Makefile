@@ -10,9 +10,17 @@ CSRC := $(wildcard csrc/*)
 quickstart: $(VENV)/.installed
 	$(BIN)/lora-null quickstart $(ARGS)
 
-# Everything that must hold, without a GPU; the tests of the CUDA kernels run where a device is.
-test: $(VENV)/.installed
+# Everything that must hold, without a GPU, style first; the tests of the CUDA kernels run where a device is.
+test: style
 	$(BIN)/python -m pytest $(ARGS)
+
+# Seconds instead of minutes; .pre-commit-config.yaml calls the same.
+style: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(BIN)/python tests/support/style.py
+	$(BIN)/mypy
 
 # Every question that a CPU can answer, ours beside every peer; two cores, at most ten minutes.
 bench: $(VENV)/.installed
@@ -26,19 +34,12 @@ bench-gpu: $(VENV)/.installed
 figures: $(VENV)/.installed
 	$(BIN)/python -m benchmarks figures $(ARGS)
 
-# What a change must pass before review.
-style: $(VENV)/.installed
-	$(BIN)/pip install -q -c constraints.txt -e ".[style]" --no-build-isolation
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
 # torch first and by its exact version: the extension is compiled against it.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt $(CSRC)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt) setuptools==$$(sed -n 's/^setuptools==//p' constraints.txt) wheel ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[test,bench,quickstart]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[test,style,bench,quickstart]"
 	touch $@
 
 clean:
