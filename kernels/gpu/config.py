@@ -10,9 +10,10 @@ lora_null.kernels.tune`` measures and rewrites the data.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -20,6 +21,11 @@ from ..system.environment import cache_folder
 from ..system.files import replacing
 
 __all__ = [
+    "DyConfig",
+    "LinearConfig",
+    "OuterConfig",
+    "ProjectConfig",
+    "SyrkConfig",
     "architecture",
     "backend",
     "forced",
@@ -33,6 +39,87 @@ __all__ = [
 
 FOLDER = Path(__file__).parent / "configs"
 _forced: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What an entry says of any kernel. ``BLOCK_*`` are sides of a tile; a rank below its side makes the tile smaller.
+
+    ``SLICE_STEPS`` is what a slice of partial sums costs, in steps of the loop (:func:`runtime.splits_for`); ``TMA``
+    means operands through tensor descriptors, in persistent programs, ``OCCUPANCY`` of them to a multiprocessor.
+    """
+
+    kernel: ClassVar[str]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectConfig(Config):
+    """Of ``lora_kernels.project_kernel``."""
+
+    kernel = "project"
+    BLOCK_T: int
+    BLOCK_N: int
+    BLOCK_K: int
+    SLICE_STEPS: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConfig(Config):
+    """Of ``lora_kernels.outer_kernel``."""
+
+    kernel = "outer"
+    BLOCK_T: int
+    BLOCK_N: int
+    BLOCK_R: int
+    SLICE_STEPS: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyConfig(Config):
+    """Of ``lora_kernels.dy_kernel``: ``SLAB_BYTES`` of dy are found in the L2 cache by their second reader."""
+
+    kernel = "dy"
+    ROWS: int
+    BLOCK_K: int
+    BLOCK_T: int
+    BLOCK_M: int
+    BLOCK_R: int
+    SLAB_BYTES: int
+    SLICE_STEPS: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(Config):
+    """Of ``lora_kernels.linear_kernel`` and ``linear_tma_kernel``, which walk the tiles in bands of ``GROUP``."""
+
+    kernel = "linear"
+    BLOCK_T: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    GROUP: int
+    TMA: bool = False
+    OCCUPANCY: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyrkConfig(Config):
+    """Of ``syrk_kernels.syrk_kernel`` and ``syrk_tma_kernel``; ``ATOMIC`` additions to C happen in the L2 cache."""
+
+    kernel = "syrk"
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_T: int
+    GROUP: int
+    ATOMIC: bool
+    SLICE_STEPS: int
+    TMA: bool = False
+    OCCUPANCY: int = 1
+
+
+C = TypeVar("C", bound=Config)
 
 
 def architecture(device: torch.device | str) -> str:
@@ -125,17 +212,17 @@ def _first(entries: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, An
     return next(entry for entry in entries if matches(entry, sizes))
 
 
-def launch_config(kernel: str, dtype: torch.dtype, arch: str, *, tma: bool = False, **sizes: int) -> dict[str, Any]:
-    """Return a fresh copy of the launch configuration of ``kernel`` for operands of ``dtype`` and these sizes.
+def launch_config(kind: type[C], dtype: torch.dtype, arch: str, *, tma: bool = False, **sizes: int) -> C:
+    """Return the configuration of the kernel of ``kind`` for operands of ``dtype`` and these sizes.
 
     Entries that use tensor descriptors (``TMA``) are passed over unless ``tma`` says that the operands allow it.
     """
-    if kernel in _forced:
-        return dict(_forced[kernel])
-    bits = "32" if dtype.itemsize >= 4 else "16"
-    entries = table(arch)["kernels"][kernel][bits]
-    entry = _first([entry for entry in entries if tma or not entry.get("TMA")], sizes)
-    return {key: value for key, value in entry.items() if key != "when"}
+    entry = _forced.get(kind.kernel)
+    if entry is None:
+        bits = "32" if dtype.itemsize >= 4 else "16"
+        entries = table(arch)["kernels"][kind.kernel][bits]
+        entry = _first([entry for entry in entries if tma or not entry.get("TMA")], sizes)
+    return kind(**{key: value for key, value in entry.items() if key != "when"})
 
 
 def backend(operation: str, dtype: torch.dtype, arch: str, **sizes: int) -> str:

@@ -7,6 +7,8 @@ fp32; fp32 operands are multiplied in full fp32 unless ``torch.set_float32_matmu
 sums have a fixed order: the same call gives the same bits.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -60,23 +62,23 @@ def supported(x: Tensor, weight: Tensor, *small: Tensor, rank: int | None = None
 def project(x: Tensor, lora_A: Tensor, *, dropout: float = 0.0, seed: int = 0) -> Tensor:
     """Return ``S (T, r) = drop(x) A^T`` in x's type.
 
-    The mask of the dropout is `keep_mask`'s; kept elements are scaled by 1/(1-p).
+    The mask of the dropout is :func:`keep_mask`'s; kept elements are scaled by 1/(1-p).
     """
-    return _thin(x, _small(lora_A, x), 1.0, dropout, seed)
+    return _project_rows(x, _operand(lora_A, x), 1.0, dropout, seed)
 
 
 def forward(
     x: Tensor, weight: Tensor, S: Tensor, lora_B: Tensor, *, scaling: float, bias: Tensor | None = None
 ) -> Tensor:
     """Return ``y (T, m) = x W^T + scaling * S B^T + bias`` in x's type, summed in one accumulator."""
-    return _linear(x, weight, S, lora_B, bias, scaling, transposed=False, dropout=0.0, seed=0)
+    return _base_and_low_rank(x, weight, S, lora_B, bias, scaling, transposed=False, dropout=0.0, seed=0)
 
 
 def backward_dx(
     dy: Tensor, weight: Tensor, dS: Tensor, lora_A: Tensor, *, dropout: float = 0.0, seed: int = 0
 ) -> Tensor:
     """Return ``dx (T, d) = dy W + drop'(dS A)``; drop' masks and scales by 1/(1-p) as the forward's drop did."""
-    return _linear(dy, weight, dS, lora_A, None, 1.0, transposed=True, dropout=dropout, seed=seed)
+    return _base_and_low_rank(dy, weight, dS, lora_A, None, 1.0, transposed=True, dropout=dropout, seed=seed)
 
 
 def backward_dy(
@@ -96,100 +98,96 @@ def backward_dy(
         raise ValueError("backward_dy: need_dS=True needs lora_B (m, r), got None")
     if need_dB and S is None:
         raise ValueError("backward_dy: need_dB=True needs S (T, r), got None")
-    if need_dS and need_dB:
-        return _both(dy, S, lora_B, scaling)
-    dS = _thin(dy, _small(lora_B, dy).t(), scaling, 0.0, 0) if need_dS else None
-    dB = _tall(dy, S, scaling, transposed=False, dropout=0.0, seed=0) if need_dB else None
+    if lora_B is not None and S is not None and need_dS and need_dB:
+        return _gradients_of_dy(dy, _operand(S, dy), _operand(lora_B, dy), scaling)
+    dS = _project_rows(dy, _operand(lora_B, dy).t(), scaling, 0.0, 0) if lora_B is not None and need_dS else None
+    dB = _accumulate_outer(dy, S, scaling, False, 0.0, 0) if S is not None and need_dB else None
     return dS, dB
 
 
 def backward_dA(dS: Tensor, x: Tensor, *, dropout: float = 0.0, seed: int = 0) -> Tensor:
     """Return ``dA (r, d) = dS^T drop(x)`` in fp32."""
-    return _tall(x, dS, 1.0, transposed=True, dropout=dropout, seed=seed)
+    return _accumulate_outer(x, dS, 1.0, True, dropout, seed)
 
 
-def _thin(x: Tensor, factor: Tensor, scaling: float, dropout: float, seed: int) -> Tensor:
+def _project_rows(x: Tensor, factor: Tensor, scaling: float, dropout: float, seed: int) -> Tensor:
     """Return ``scaling * drop(x) factor^T`` ``(T, R)`` in x's type, factor ``(R, K)`` with any strides."""
     (T, K), R = x.shape, factor.shape[0]
     out = _empty(x, T, R)
     if T == 0:
         return out
-    c = config.launch_config("project", x.dtype, config.architecture(x.device), T=T, d=K, r=R)
-    block_n = min(padded(R), c.pop("BLOCK_N"))
-    tiles, steps = cdiv(T, c["BLOCK_T"]) * cdiv(R, block_n), cdiv(K, c["BLOCK_K"])
-    splits = splits_for(tiles, steps, c.pop("SLICE_STEPS"), x.device)
+    c = config.launch_config(config.ProjectConfig, x.dtype, config.architecture(x.device), T=T, d=K, r=R)
+    block_n = min(padded(R), c.BLOCK_N)
+    tiles = cdiv(T, c.BLOCK_T) * cdiv(R, block_n)
+    splits = splits_for(tiles, cdiv(K, c.BLOCK_K), c.SLICE_STEPS, x.device)
     target = out if splits == 1 else _empty(x, splits, T, R, dtype=torch.float32)
     words = Dropout.of(dropout, seed)
-    from .lora_kernels import project_kernel
-
     runtime.launch(
-        project_kernel, (tiles, splits), x.device,
+        _kernels().project_kernel, (tiles, splits), x.device,
         x, factor, target, T, K, R, splits, x.stride(0), factor.stride(0), factor.stride(1),
-        scaling * words.scale if dropout else scaling, *words[:3],
-        **c, BLOCK_N=block_n, EVEN_K=K % c["BLOCK_K"] == 0, DROPOUT=dropout > 0, PRECISION=runtime.precision(x),
+        scaling * words.scale, *words[:3],
+        BLOCK_T=c.BLOCK_T, BLOCK_N=block_n, BLOCK_K=c.BLOCK_K, EVEN_K=K % c.BLOCK_K == 0, DROPOUT=dropout > 0,
+        PRECISION=runtime.precision(x), num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if splits > 1:
         runtime.reduce(target, out)
     return out
 
 
-def _tall(y: Tensor, S: Tensor, scaling: float, *, transposed: bool, dropout: float, seed: int) -> Tensor:
-    """Return ``scaling * drop(y)^T S`` ``(N, r)`` in fp32, or its transpose."""
-    S = _small(S, y)
+def _accumulate_outer(y: Tensor, S: Tensor, scaling: float, transposed: bool, dropout: float, seed: int) -> Tensor:
+    """Return ``scaling * drop(y)^T S`` ``(N, r)`` or its transpose, a sum over the tokens, in fp32."""
+    S = _operand(S, y)
     (T, N), R = y.shape, S.shape[1]
     shape = (R, N) if transposed else (N, R)
     out = _empty(y, *shape, dtype=torch.float32)
     if T == 0:
         return out.zero_()
-    c = config.launch_config("outer", y.dtype, config.architecture(y.device), T=T, d=N, r=R)
-    block_r = min(padded(R), c.pop("BLOCK_R"))
-    tiles, steps = cdiv(N, c["BLOCK_N"]) * cdiv(R, block_r), cdiv(T, c["BLOCK_T"])
-    splits = splits_for(tiles, steps, c.pop("SLICE_STEPS"), y.device)
+    c = config.launch_config(config.OuterConfig, y.dtype, config.architecture(y.device), T=T, d=N, r=R)
+    block_r = min(padded(R), c.BLOCK_R)
+    tiles = cdiv(N, c.BLOCK_N) * cdiv(R, block_r)
+    splits = splits_for(tiles, cdiv(T, c.BLOCK_T), c.SLICE_STEPS, y.device)
     target = out if splits == 1 else _empty(y, splits, *shape, dtype=torch.float32)
     words = Dropout.of(dropout, seed)
-    from .lora_kernels import outer_kernel
-
     runtime.launch(
-        outer_kernel, (tiles, splits), y.device,
+        _kernels().outer_kernel, (tiles, splits), y.device,
         y, S, target, T, N, R, splits, y.stride(0), S.stride(0), *((1, N) if transposed else (R, 1)),
-        scaling * words.scale if dropout else scaling, *words[:3],
-        **c, BLOCK_R=block_r, EVEN_N=N % c["BLOCK_N"] == 0, DROPOUT=dropout > 0,
-        PRECISION=runtime.precision(y),
+        scaling * words.scale, *words[:3],
+        BLOCK_T=c.BLOCK_T, BLOCK_N=c.BLOCK_N, BLOCK_R=block_r, EVEN_N=N % c.BLOCK_N == 0, DROPOUT=dropout > 0,
+        PRECISION=runtime.precision(y), num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if splits > 1:
         runtime.reduce(target, out)
     return out
 
 
-def _both(dy: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    S, lora_B = _small(S, dy), _small(lora_B, dy)
+def _gradients_of_dy(dy: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return dS and dB as :func:`backward_dy` does, while dy crosses the DRAM bus once."""
     (T, M), R = dy.shape, S.shape[1]
     dS = _empty(dy, T, R)
     dB = _empty(dy, M, R, dtype=torch.float32)
     if T == 0:
         return dS, dB.zero_()
-    c = config.launch_config("dy", dy.dtype, config.architecture(dy.device), T=T, m=M, r=R)
-    block_r = min(padded(R), c.pop("BLOCK_R"))
-    steps = c.pop("SLICE_STEPS")
-    tiles_r, tiles_m = cdiv(R, block_r), cdiv(M, c["BLOCK_M"])
+    c = config.launch_config(config.DyConfig, dy.dtype, config.architecture(dy.device), T=T, m=M, r=R)
+    block_r = min(padded(R), c.BLOCK_R)
+    tiles_r, tiles_m = cdiv(R, block_r), cdiv(M, c.BLOCK_M)
     # whole row tiles of both roles; small enough to be found in the L2 cache by the second of them
-    unit = max(c["ROWS"], c["BLOCK_T"])
-    slab = min(max(c.pop("SLAB_BYTES") // (M * dy.itemsize * unit), 1), cdiv(T, unit)) * unit
+    unit = max(c.ROWS, c.BLOCK_T)
+    slab = min(max(c.SLAB_BYTES // (M * dy.itemsize * unit), 1), cdiv(T, unit)) * unit
     slabs = cdiv(T, slab)
-    splits_m = splits_for(cdiv(T, c["ROWS"]) * tiles_r, cdiv(M, c["BLOCK_K"]), steps, dy.device)
-    splits_t = splits_for(slabs * tiles_m * tiles_r, slab // c["BLOCK_T"], steps, dy.device)
-    while slab // c["BLOCK_T"] % splits_t:
+    splits_m = splits_for(cdiv(T, c.ROWS) * tiles_r, cdiv(M, c.BLOCK_K), c.SLICE_STEPS, dy.device)
+    splits_t = splits_for(slabs * tiles_m * tiles_r, slab // c.BLOCK_T, c.SLICE_STEPS, dy.device)
+    while slab // c.BLOCK_T % splits_t:
         splits_t -= 1
     part_dS = dS if splits_m == 1 else _empty(dy, splits_m, T, R, dtype=torch.float32)
     part_dB = dB if slabs * splits_t == 1 else _empty(dy, slabs * splits_t, M, R, dtype=torch.float32)
-    programs = slab // c["ROWS"] * tiles_r * splits_m + tiles_m * tiles_r * splits_t
-    from .lora_kernels import dy_kernel
-
+    programs = slab // c.ROWS * tiles_r * splits_m + tiles_m * tiles_r * splits_t
     runtime.launch(
-        dy_kernel, (slabs * programs,), dy.device,
+        _kernels().dy_kernel, (slabs * programs,), dy.device,
         dy, S, lora_B, part_dS, part_dB, T, M, R, dy.stride(0), S.stride(0), *lora_B.stride(), scaling,
         slab, splits_m, splits_t,
-        **c, BLOCK_R=block_r, EVEN_M=M % max(c["BLOCK_M"], c["BLOCK_K"]) == 0, PRECISION=runtime.precision(dy),
+        ROWS=c.ROWS, BLOCK_K=c.BLOCK_K, BLOCK_T=c.BLOCK_T, BLOCK_M=c.BLOCK_M, BLOCK_R=block_r,
+        EVEN_M=M % max(c.BLOCK_M, c.BLOCK_K) == 0, PRECISION=runtime.precision(dy),
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if part_dS is not dS:
         runtime.reduce(part_dS, dS)
@@ -198,11 +196,12 @@ def _both(dy: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor
     return dS, dB
 
 
-def _linear(
+def _base_and_low_rank(
     x: Tensor, weight: Tensor, S: Tensor, factor: Tensor, bias: Tensor | None, scaling: float,
     *, transposed: bool, dropout: float, seed: int,
 ) -> Tensor:  # fmt: skip
-    S, factor = _small(S, x), _small(factor, x)
+    """Return ``x W^T + scaling * drop'(S factor^T) + bias``, or with ``transposed`` ``x W + drop'(S factor)``."""
+    S, factor = _operand(S, x), _operand(factor, x)
     (T, K), R = x.shape, S.shape[1]
     N = weight.shape[1] if transposed else weight.shape[0]
     y = _empty(x, T, N)
@@ -210,40 +209,45 @@ def _linear(
         return y
     aligned = all(runtime.aligned(t) for t in (x, weight, S, factor))
     c = config.launch_config(
-        "linear", x.dtype, config.architecture(x.device), tma=aligned and x.itemsize == 2,
+        config.LinearConfig, x.dtype, config.architecture(x.device), tma=aligned and x.itemsize == 2,
         T=T, d=K, m=N, r=R, aligned=int(aligned), dropout=int(dropout > 0),
     )  # fmt: skip
-    block_t, block_n, block_k = c["BLOCK_T"], c["BLOCK_N"], c["BLOCK_K"]
-    tiles = cdiv(T, block_t) * cdiv(N, block_n)
-    # to the kernel W is (N, K) and the factor (N, R), whichever way they lie in memory
-    order = (1, 0) if transposed else (0, 1)
+    tiles, block_r = cdiv(T, c.BLOCK_T) * cdiv(N, c.BLOCK_N), min(padded(R), c.BLOCK_R)
     words = Dropout.of(dropout, seed)
-    scalars = (scaling * words.scale if dropout else scaling, *words[:3])
-    block_r = min(padded(R), c.pop("BLOCK_R"))
-    flags = dict(BLOCK_R=block_r, BIAS=bias is not None, DROPOUT=dropout > 0)
-    from . import lora_kernels
-
-    if c.pop("TMA", False):
-        programs = min(tiles, runtime.multiprocessors(x.device) * c.pop("OCCUPANCY"))
-        lefts = [runtime.descriptor(t, block_t, k) for t, k in ((x, block_k), (S, block_r))]
-        sides = [(block_n, k)[:: -1 if transposed else 1] for k in (block_k, block_r)]
+    scalars = (scaling * words.scale, *words[:3])
+    tile = dict(
+        BLOCK_T=c.BLOCK_T, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=block_r, GROUP=c.GROUP,
+        BIAS=bias is not None, DROPOUT=dropout > 0, num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    if c.TMA:
+        programs = min(tiles, runtime.multiprocessors(x.device) * c.OCCUPANCY)
+        lefts = [runtime.descriptor(t, c.BLOCK_T, k) for t, k in ((x, c.BLOCK_K), (S, block_r))]
+        sides = [(c.BLOCK_N, k)[:: -1 if transposed else 1] for k in (c.BLOCK_K, block_r)]
         rights = [runtime.descriptor(t, *side) for t, side in zip((weight, factor), sides, strict=True)]
         runtime.launch(
-            lora_kernels.linear_tma_kernel, (programs,), x.device,
-            lefts[0], rights[0], lefts[1], rights[1], bias, y, T, N, K, R, N, *scalars,
-            **c, **flags, TRANSPOSED=transposed,
+            _kernels().linear_tma_kernel, (programs,), x.device,
+            lefts[0], rights[0], lefts[1], rights[1], bias, y, T, N, K, R, N, *scalars, **tile, TRANSPOSED=transposed,
         )  # fmt: skip
     else:
+        # to the kernel W is (N, K) and the factor (N, R), whichever way they lie in memory
+        order = (1, 0) if transposed else (0, 1)
         runtime.launch(
-            lora_kernels.linear_kernel, (tiles,), x.device,
+            _kernels().linear_kernel, (tiles,), x.device,
             x, weight, S, factor, bias, y, T, N, K, R, x.stride(0), *(weight.stride(i) for i in order),
             S.stride(0), *(factor.stride(i) for i in order), N, *scalars,
-            **c, **flags, EVEN_N=N % block_n == 0, EVEN_K=K % block_k == 0, PRECISION=runtime.precision(x),
+            **tile, EVEN_N=N % c.BLOCK_N == 0, EVEN_K=K % c.BLOCK_K == 0, PRECISION=runtime.precision(x),
         )  # fmt: skip
     return y
 
 
-def _small(matrix: Tensor, x: Tensor) -> Tensor:
+def _kernels() -> ModuleType:
+    """Import the kernels, and with them Triton, at the first launch: this module loads without it."""
+    from . import lora_kernels
+
+    return lora_kernels
+
+
+def _operand(matrix: Tensor, x: Tensor) -> Tensor:
     """Return an adapter matrix in x's type with unit column stride; x itself is never converted."""
     matrix = matrix.to(x.dtype)
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

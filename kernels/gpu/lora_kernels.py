@@ -7,7 +7,7 @@ dropout words, ``T``) are run-time arguments: a change of value never compiles a
 import triton
 import triton.language as tl
 
-from .tiles import grouped, kept, store_tile, tall_tile, thin_tile
+from .tiles import grouped, kept, outer_tile, project_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "splits", "key0", "key1", "threshold"])
@@ -22,7 +22,7 @@ def project_kernel(
     n0 = tl.program_id(0) % tiles_r * BLOCK_N
     split = tl.program_id(1)
     chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
-    acc = thin_tile(
+    acc = project_tile(
         x_ptr, a_ptr, t0, n0, split * chunk, tl.minimum((split + 1) * chunk, K), T, R, K,
         stride_xt, stride_an, stride_ak, key0, key1, threshold,
         BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K, DROPOUT, PRECISION,
@@ -163,7 +163,7 @@ def outer_kernel(
     r0 = tl.program_id(0) % tiles_r * BLOCK_R
     split = tl.program_id(1)
     chunk = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
-    acc = tall_tile(
+    acc = outer_tile(
         y_ptr, s_ptr, n0, r0, split * chunk, tl.minimum((split + 1) * chunk, T), N, R,
         stride_yt, stride_st, key0, key1, threshold,
         BLOCK_T, BLOCK_N, BLOCK_R, EVEN_N, DROPOUT, PRECISION,
@@ -202,7 +202,7 @@ def dy_kernel(
         t0 = which * slab + index // (tiles_r * splits_m) * ROWS
         chunk = tl.cdiv(tl.cdiv(M, BLOCK_K), splits_m) * BLOCK_K
         if t0 < T:
-            acc = thin_tile(
+            acc = project_tile(
                 dy_ptr, b_ptr, t0, r0, split * chunk, tl.minimum((split + 1) * chunk, M), T, R, M,
                 stride_dyt, stride_br, stride_bm, 0, 0, 0,
                 ROWS, BLOCK_R, BLOCK_K, EVEN_M, False, PRECISION,
@@ -216,7 +216,7 @@ def dy_kernel(
         m0 = index // (tiles_r * splits_t) * BLOCK_M
         begin = which * slab + split * (slab // splits_t)
         end = tl.minimum(begin + slab // splits_t, T)
-        acc = tall_tile(
+        acc = outer_tile(
             dy_ptr, s_ptr, m0, r0, begin, end, M, R, stride_dyt, stride_st, 0, 0, 0,
             BLOCK_T, BLOCK_M, BLOCK_R, EVEN_M, False, PRECISION,
         )  # fmt: skip

@@ -50,36 +50,38 @@ def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     aligned = runtime.aligned(x)
     tma = aligned and x.itemsize == 2 and mask is None
     arch = config.architecture(x.device)
-    c = config.launch_config("syrk", x.dtype, arch, tma=tma, T=T, d=d, aligned=int(aligned))
-    n = cdiv(d, c["BLOCK_M"])
-    tiles = n * (n + 1) // 2 * (c["BLOCK_M"] // c["BLOCK_N"])
-    occupancy = c.pop("OCCUPANCY", 1)
-    splits = runtime.splits_for(tiles, cdiv(T, c["BLOCK_T"]), c.pop("SLICE_STEPS"), x.device, occupancy)
+    c = config.launch_config(config.SyrkConfig, x.dtype, arch, tma=tma, T=T, d=d, aligned=int(aligned))
+    n = cdiv(d, c.BLOCK_M)
+    tiles = n * (n + 1) // 2 * (c.BLOCK_M // c.BLOCK_N)
+    splits = runtime.splits_for(tiles, cdiv(T, c.BLOCK_T), c.SLICE_STEPS, x.device, c.OCCUPANCY)
     # a tile of fp64 beside its fp32 sum would not fit into the registers: it goes through a slice of its own
     direct = splits == 1 and C.dtype == torch.float32
     part = C
     if not direct:
-        shape = (splits, tiles, c["BLOCK_M"], c["BLOCK_N"])
+        shape = (splits, tiles, c.BLOCK_M, c.BLOCK_N)
         part = torch.empty(shape, device=x.device, dtype=torch.float32)
     from . import syrk_kernels
 
-    if c.pop("TMA", False):
-        left = runtime.descriptor(x, c["BLOCK_T"], c["BLOCK_M"])
-        right = runtime.descriptor(x, c["BLOCK_T"], c["BLOCK_N"])
-        programs = min(tiles * splits, runtime.multiprocessors(x.device) * occupancy)
+    walk = dict(BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, GROUP=c.GROUP)
+    tile = dict(
+        **walk, BLOCK_T=c.BLOCK_T, ATOMIC=c.ATOMIC, DIRECT=direct, num_warps=c.num_warps, num_stages=c.num_stages
+    )
+    if c.TMA:
+        left = runtime.descriptor(x, c.BLOCK_T, c.BLOCK_M)
+        right = runtime.descriptor(x, c.BLOCK_T, c.BLOCK_N)
+        programs = min(tiles * splits, runtime.multiprocessors(x.device) * c.OCCUPANCY)
         runtime.launch(
             syrk_kernels.syrk_tma_kernel, (programs,), x.device,
-            left, right, C, part, T, d, tiles, splits, C.stride(0), **c, DIRECT=direct,
+            left, right, C, part, T, d, tiles, splits, C.stride(0), **tile,
         )  # fmt: skip
     else:
         runtime.launch(
             syrk_kernels.syrk_kernel, (tiles, splits), x.device,
-            x, mask, C, part, T, d, tiles, splits, x.stride(0), C.stride(0), **c,
-            DIRECT=direct, EVEN_D=d % c["BLOCK_M"] == 0, MASK=mask is not None, PRECISION="ieee",
+            x, mask, C, part, T, d, tiles, splits, x.stride(0), C.stride(0), **tile,
+            EVEN_D=d % c.BLOCK_M == 0, MASK=mask is not None, PRECISION="ieee",
         )  # fmt: skip
     if not direct:
         runtime.launch(
-            syrk_kernels.syrk_reduce_kernel, (tiles, c["BLOCK_M"] // 32), x.device,
-            part, C, d, tiles, splits, C.stride(0),
-            BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], GROUP=c["GROUP"], ROWS=32,
+            syrk_kernels.syrk_reduce_kernel, (tiles, c.BLOCK_M // 32), x.device,
+            part, C, d, tiles, splits, C.stride(0), **walk, ROWS=32,
         )  # fmt: skip

@@ -36,7 +36,7 @@ def kept(rows, columns, key0, key1, threshold):
 
 
 @triton.jit
-def thin_tile(
+def project_tile(
     x_ptr, a_ptr, t0, n0, k_begin, k_end, T, N, K,
     stride_xt, stride_an, stride_ak, key0, key1, threshold,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -70,7 +70,7 @@ def thin_tile(
 
 
 @triton.jit
-def tall_tile(
+def outer_tile(
     y_ptr, s_ptr, n0, r0, t_begin, t_end, N, R,
     stride_yt, stride_st, key0, key1, threshold,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,

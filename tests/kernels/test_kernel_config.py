@@ -41,7 +41,7 @@ def test_every_table_answers_every_size():
 def test_unknown_architectures_get_a_sane_table(arch, expected):
     assert config.table(arch)["arch"] == expected
     assert config.table(arch)["shared_memory"] <= 232448
-    assert config.launch_config("linear", torch.float32, arch, T=1, d=1, m=1, r=1)["BLOCK_T"] > 0
+    assert config.launch_config(config.LinearConfig, torch.float32, arch, T=1, d=1, m=1, r=1).BLOCK_T > 0
 
 
 def test_first_entry_whose_bounds_hold():
@@ -51,8 +51,8 @@ def test_first_entry_whose_bounds_hold():
 
 
 def test_descriptors_only_where_operands_allow():
-    chosen = [config.launch_config("syrk", torch.bfloat16, "sm_90", tma=tma, d=8192, T=8192) for tma in (0, 1)]
-    assert [bool(entry.get("TMA")) for entry in chosen] == [False, True]
+    syrk, sizes = config.SyrkConfig, {"d": 8192, "T": 8192}
+    assert [config.launch_config(syrk, torch.bfloat16, "sm_90", tma=tma, **sizes).TMA for tma in (0, 1)] == [0, 1]
 
 
 @pytest.mark.parametrize("tiles, steps", [(1, 1), (5, 100), (131, 7), (136, 128), (528, 128), (3192, 3)])
@@ -66,12 +66,12 @@ def test_splits_leave_no_part_empty_and_never_cost_more(monkeypatch, tiles, step
 
 
 def test_tuned_data_is_laid_over_the_shipped(tmp_path):
-    entry = {"BLOCK_T": 16, "num_warps": 1}
+    entry = {"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_R": 16, "SLICE_STEPS": 1, "num_warps": 1, "num_stages": 1}
     times = [{"product": "forward", "triton_us": 1.0}]
     config.save_tuned("sm_90", {"dispatch": {"linear": times}})
     path = config.save_tuned("sm_90", {"source": "a test", "kernels": {"outer": {"16": [entry]}}})
     assert path == tmp_path / "kernels" / "sm_90.json" and json.loads(path.read_text())["source"] == "a test"
-    assert config.launch_config("outer", torch.float16, "sm_90") == entry
+    assert config.launch_config(config.OuterConfig, torch.float16, "sm_90") == config.OuterConfig(**entry)
     shipped = config.shipped("sm_90")["kernels"]
     assert config.table("sm_90")["kernels"]["outer"]["32"] == shipped["outer"]["32"]
     assert config.table("sm_90")["kernels"]["linear"] == shipped["linear"]

@@ -121,7 +121,7 @@ def test_linear_through_descriptors(monkeypatch, T, d, m, r, p):
     if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no TMA")
     entry = {"TMA": True, "OCCUPANCY": 1, "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_R": 32, "GROUP": 2}
-    monkeypatch.setattr(config, "launch_config", lambda *a, **k: {**entry, "num_warps": 4, "num_stages": 2})
+    monkeypatch.setattr(config, "launch_config", lambda kind, *a, **k: kind(**entry, num_warps=4, num_stages=2))
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: 3)
     dtype = torch.float16
     c = Case(T, d, m, r, dtype)

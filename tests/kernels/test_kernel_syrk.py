@@ -25,7 +25,7 @@ VARIANTS = {
 
 def use(monkeypatch, variant, multiprocessors=1):
     """Run the launcher with one configuration, on a device of so many multiprocessors."""
-    monkeypatch.setattr(config, "launch_config", lambda *args, **kwargs: dict(VARIANTS[variant]))
+    monkeypatch.setattr(config, "launch_config", lambda kind, *args, **kwargs: kind(**VARIANTS[variant]))
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: multiprocessors)
 
 
