@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
+from typing import Any
 
+from ..covariances.header import counts_by_key, is_count, names_by_key, strings_by_key
 from ..covariances.packed import PackedFile, PackedMatrices, write_packed
+from ..system.files import beside, parse_json
 
 _KIND = "lora_null.calibration"
 FORMAT_VERSION = 1
@@ -52,6 +54,20 @@ def check_checkpoint(path: Path) -> None:
         PackedFile(path, _KIND)
 
 
+def _progress(values: Any) -> Progress:
+    """Check what a file says of its progress."""
+    progress = Progress(**values)
+    groups = names_by_key(progress.groups)
+    if not set(counts_by_key(progress.tokens)) <= set(groups):
+        raise ValueError("tokens of layers that are in no group")
+    counts_by_key(progress.calls)
+    if not all(key in names for key, names in groups.items()):
+        raise ValueError("a group lacks the layer that it is named after")
+    if not is_count(progress.batches) or type(progress.finished) is not bool or type(progress.data) is not str:
+        raise ValueError(f"batches {progress.batches!r}, data {progress.data!r}, finished {progress.finished!r}")
+    return progress
+
+
 class Checkpoint:
     """One file of sums in progress.
 
@@ -64,8 +80,11 @@ class Checkpoint:
         self.path = path
         self.key = {"format": str(FORMAT_VERSION), **key}
 
-    def load(self) -> tuple[Progress, PackedFile] | None:
+    def load(self, widths: Mapping[str, int]) -> tuple[Progress, PackedFile] | None:
         """Return what was saved, or ``None`` if there is no file.
+
+        Args:
+            widths: The number of input features of each target layer.
 
         Raises:
             ValueError: The file is damaged, or belongs to another calibration; both keys are named.
@@ -74,12 +93,21 @@ class Checkpoint:
             return None
         file = PackedFile(self.path, _KIND)
         try:
-            saved = json.loads(file.metadata["key"])
-            progress = Progress(**json.loads(file.metadata["progress"]))
+            saved = strings_by_key(parse_json(file.metadata["key"]))
+            progress = _progress(parse_json(file.metadata["progress"]))
+            if set(file) != set(progress.tokens):
+                raise ValueError("it counts the tokens of other sums than there are")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged: its header is incomplete ({error}).") from error
+            raise self.damaged(f"its header is incomplete ({error})") from error
         self.refuse_other(saved, self.key)
+        members = [(name, key) for key, names in progress.groups.items() for name in names]
+        if not all(name in widths and widths[name] == file.sides.get(key, widths[name]) for name, key in members):
+            raise self.damaged("its sums do not fit the layers of the model")
         return progress, file
+
+    def damaged(self, reason: str) -> ValueError:
+        """Return the error for a file whose contents cannot be."""
+        return ValueError(f"{self.path} is damaged: {reason}. Delete it to start anew.")
 
     def refuse_other(self, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
         """Raise ValueError unless the two keys are equal."""
@@ -107,7 +135,7 @@ class Checkpoint:
         from filelock import FileLock, Timeout
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        lock = FileLock(beside(self.path, "lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -115,9 +143,6 @@ class Checkpoint:
                 f"The checkpoint {self.path} is in use by another process; give each calibration a path of its own."
             ) from error
         try:
-            # What a killed process left of an unfinished write.
-            for leftover in self.path.parent.glob(f".{escape(self.path.name)}*.tmp"):
-                leftover.unlink(missing_ok=True)
             yield
         finally:
             lock.release()

@@ -30,10 +30,12 @@ class Collector:
         shared: The groups found so far.
         accumulator: Their sums.
         placement: Where and how they are kept.
+        widths: The number of input features of each target layer.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear], placement: Placement, *, share_inputs: bool, flush_every: int):
         self.linears, self.placement = linears, placement
+        self.widths = {name: linear.in_features for name, linear in linears.items()}
         self.flush_every = flush_every
         self.shared = SharedInputs(share_inputs)
         self.accumulator = Accumulator(placement)

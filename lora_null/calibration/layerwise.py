@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ def run_layerwise(job: Job, source: Iterable[Any]) -> Sums:
     ):
         finished = Finished()
         parts = [checkpoint.part(number) if checkpoint else None for number in range(len(layers))]
-        done = _read_finished(parts, finished)
+        done = _read_finished(parts, collector.widths, finished)
         # Finished layers run once more, without sums, for the hidden states that enter the next one.
         for number in range(len(layers)) if done < len(layers) else ():
             last = number == len(layers) - 1
@@ -101,9 +101,9 @@ class Finished:
         self.tokens.update(state.tokens)
 
 
-def _read_finished(parts: Sequence[Checkpoint | None], finished: Finished) -> int:
+def _read_finished(parts: Sequence[Checkpoint | None], widths: Mapping[str, int], finished: Finished) -> int:
     """Read the layers that all processes have finished; returns how many there are."""
-    saved = [part.load() if part else None for part in parts]
+    saved = [part.load(widths) if part else None for part in parts]
     own = next((number for number, part in enumerate(saved) if part is None), len(parts))
     # A process may have been killed when others had finished a layer more: continue where all of them are.
     done = min(exchange(own))
@@ -123,5 +123,5 @@ def _finish_layer(collector: Collector, part: Checkpoint | None, finished: Finis
     collector.forget()
     if part:
         part.save(state, packed)
-    loaded = part.load() if part else None
+    loaded = part.load(collector.widths) if part else None
     finished.add(*(loaded or (state, packed)))

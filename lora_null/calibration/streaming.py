@@ -65,10 +65,12 @@ class _Record:
     def __init__(self, collector: Collector, checkpoint: Checkpoint | None, devices: Mapping[str, torch.device]):
         self.collector, self.checkpoint = collector, checkpoint
         self.data, self.count = DataFingerprint(), 0
-        loaded = checkpoint.load() if checkpoint else None
+        loaded = checkpoint.load(collector.widths) if checkpoint else None
         self.saved = loaded[0] if loaded else None
         self.done = self.saved.batches if self.saved else 0
-        if loaded:
+        if checkpoint and loaded:
+            if not self.done or set(loaded[0].calls) != set(loaded[0].groups):
+                raise checkpoint.damaged(f"its sums are of {self.done} batches and calls of other layers")
             collector.restore(*loaded, devices)
 
     def holds(self, batch: Batch) -> bool:

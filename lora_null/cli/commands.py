@@ -44,25 +44,14 @@ def calibrate(
     from ..models.loading import load_model
 
     _check_outputs(output, checkpoint, data, overwrite)
-    check_sizes(sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
-    options: dict[str, Any] = {
-        "mask": mask,
-        "accumulate": accumulate,
-        "checkpoint": checkpoint,
-        "low_memory": low_memory,
-    }
+    sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "max_tokens": max_tokens}
+    check_sizes(**sizes)
+    options: dict[str, Any] = dict(mask=mask, accumulate=accumulate, checkpoint=checkpoint, low_memory=low_memory)
     checked = Options(**options)
     texts = read_texts(data, field=field)
     config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    batches = token_batches(
-        tokenizer,
-        texts,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
+    batches = token_batches(tokenizer, texts, **sizes, seed=seed)
     if dry_run:
         typer.echo(estimate(loaded, batches, config, checked))
         return
@@ -168,26 +157,21 @@ def merge(
 
 
 def _check_outputs(output: Path, checkpoint: Path | None, data: Path, overwrite: bool) -> None:
-    """Refuse what ``calibrate`` could not write, or may not."""
+    """Refuse before any work is done what ``calibrate`` cannot write, or may not."""
     from ..calibration.checkpoint import check_checkpoint
+    from ..covariances.covariances import check_target
 
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
     if output.resolve() == data.resolve():
         raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
-    refuse_existing(output, overwrite)
+    refuse_below_file(output)
+    check_target(output, overwrite)
     if checkpoint is not None:
         refuse_below_file(checkpoint)
         if checkpoint.resolve() == output.resolve():
             raise ValueError(f"checkpoint and output are both {output}; expected a file for each. Name another one.")
         check_checkpoint(checkpoint)
-
-
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Refuse before any work is done, not after."""
-    refuse_below_file(output)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists already. Choose another path, or pass --overwrite to replace it.")
 
 
 def refuse_below_file(output: Path) -> None:

@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ..system.files import parse_json
+from .header import counts_by_key, names_by_key, strings_by_key
 from .packed import DenseMatrices, PackedFile, PackedMatrices, write_packed
 
 _KIND = "lora_null.covariances"
@@ -28,7 +31,8 @@ class Covariances:
         metadata: Where the numbers come from: model, data fingerprint, mask rule, ... Strings only.
 
     Raises:
-        ValueError: The three mappings have different keys, a name is in two groups, or a matrix is not square.
+        ValueError: The three mappings have different keys, a name is in two groups, a matrix is not square, or what
+            cannot be kept in a file: a name or fact that is no string, a number of tokens that is none.
     """
 
     def __init__(
@@ -39,8 +43,9 @@ class Covariances:
         metadata: Mapping[str, str] | None = None,
     ):
         self.groups: dict[str, tuple[str, ...]] = {key: tuple(names) for key, names in groups.items()}
-        self.tokens: dict[str, int] = {key: int(count) for key, count in tokens.items()}
-        self.metadata: dict[str, str] = dict(metadata or {})
+        self.tokens: dict[str, int] = counts_by_key({key: _whole(count) for key, count in tokens.items()})
+        self.metadata: dict[str, str] = strings_by_key(dict(metadata or {}))
+        names_by_key({key: list(names) for key, names in self.groups.items()})
         self._matrices = matrices if isinstance(matrices, PackedMatrices) else DenseMatrices(matrices)
         self._key_of = {name: key for key, names in self.groups.items() for name in names}
         if not set(matrices) == set(self.groups) == set(self.tokens):
@@ -97,14 +102,14 @@ class Covariances:
 
         Args:
             path: The file to write; missing folders are made.
-            overwrite: Replace an existing file. An interrupted save leaves the old file whole either way.
+            overwrite: Replace an existing file of covariances, and no other. An interrupted save leaves the old file
+                whole either way.
 
         Raises:
-            FileExistsError: The file exists and ``overwrite`` is not set.
+            FileExistsError: The file exists, and ``overwrite`` is not set or it holds no covariances.
         """
         path = Path(path)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it, or choose another path.")
+        check_target(path, overwrite)
         write_packed(
             path,
             self._matrices,
@@ -132,8 +137,35 @@ class Covariances:
                 f"{_VERSION}. Upgrade lora_null or calibrate again."
             )
         try:
-            groups = {key: tuple(names) for key, names in json.loads(file.metadata["groups"]).items()}
-            tokens, metadata = json.loads(file.metadata["tokens"]), json.loads(file.metadata["provenance"])
+            groups = names_by_key(parse_json(file.metadata["groups"]))
+            tokens = counts_by_key(parse_json(file.metadata["tokens"]))
+            metadata = strings_by_key(parse_json(file.metadata["provenance"]))
             return cls(file, groups, tokens, metadata)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: its header is incomplete or contradicts itself ({error}).") from error
+
+
+def _whole(count: Any) -> Any:
+    try:
+        return int(count)
+    except (OverflowError, TypeError, ValueError):
+        return count  # which counts_by_key names
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse a path to which covariances must not be written.
+
+    Raises:
+        FileExistsError: There is a file, and ``overwrite`` is not set or it is not one of covariances.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite) to replace it, or another path.")
+    try:
+        PackedFile(path, _KIND)
+    except (ValueError, OSError) as error:
+        raise FileExistsError(
+            f"{path} exists and is no covariance file; overwriting replaces nothing else. Choose another path, or "
+            f"delete it yourself. ({error})"
+        ) from error

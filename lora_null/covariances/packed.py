@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..ops.covariance import symmetrize_
-from ..system.files import replacing
+from ..system.files import parse_json, replacing, require_regular
 from ..system.tensors import bytes_of
 
 _CODES = {torch.float32: "F32", torch.float64: "F64"}
 # The checksums are a tensor of the file, placed last: the header, which comes first, cannot hold what is only
-# known once the data has been streamed.
+# known once the data has been streamed. One for each matrix, and one for the header, which older files lack.
 _CHECKSUMS = "crc32"
 
 
@@ -51,8 +51,7 @@ def unpack_lower(packed: Tensor, *, symmetric: bool = True) -> Tensor:
 
 def triangle_side(numel: int) -> int:
     """Return ``d`` with ``d (d + 1) / 2 == numel``; ValueError if there is none."""
-    d = int(((8 * numel + 1) ** 0.5 - 1) / 2)
-    d += (d + 1) * (d + 2) // 2 <= numel
+    d = (math.isqrt(8 * numel + 1) - 1) // 2
     if d < 1 or d * (d + 1) // 2 != numel:
         raise ValueError(f"{numel} numbers do not fill the lower triangle of a square matrix")
     return d
@@ -136,8 +135,8 @@ def write_packed(path: Path, matrices: PackedMatrices, metadata: dict[str, str])
         start = end
     header[_CHECKSUMS] = {
         "dtype": "U32",
-        "shape": [len(sides)],
-        "data_offsets": [start, start + 4 * len(sides)],
+        "shape": [len(sides) + 1],
+        "data_offsets": [start, start + 4 * len(sides) + 4],
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -148,9 +147,7 @@ def write_packed(path: Path, matrices: PackedMatrices, metadata: dict[str, str])
             data = bytes_of(matrices.packed(name))
             checksums.append(zlib.crc32(data))
             file.write(data)
-        file.write(struct.pack(f"<{len(checksums)}I", *checksums))
-        file.flush()
-        os.fsync(file.fileno())
+        file.write(struct.pack(f"<{len(checksums) + 1}I", *checksums, zlib.crc32(text)))
 
 
 class PackedFile(PackedMatrices):
@@ -164,15 +161,16 @@ class PackedFile(PackedMatrices):
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Damaged, foreign, or written by a newer version; the message names the file and the cause.
+        IsADirectoryError: It is a folder.
+        ValueError: No regular file, damaged, foreign, or written by a newer version; the message names the file and
+            the cause.
     """
 
     def __init__(self, path: Path, kind: str):
         from safetensors import SafetensorError, safe_open
 
         self.path = path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; expected one of {kind}.")
+        require_regular(path, f"a file of {kind}")
         try:
             self._file = safe_open(path, framework="pt")
             self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -187,14 +185,24 @@ class PackedFile(PackedMatrices):
                 "Was the path of another file given, perhaps of a model or an adapter?"
             )
         try:
-            names = json.loads(self.metadata["order"])
-            self.sides = {name: triangle_side(*self._file.get_slice(name).get_shape()) for name in names}
-            code = self._file.get_slice(names[0]).get_dtype() if names else "F32"
-            self.dtype = {code: dtype for dtype, code in _CODES.items()}[code]
-            checksums = self._file.get_tensor(_CHECKSUMS).tolist()
-            self._checksums = dict(zip(names, checksums, strict=True))
+            self._read_header()
         except (KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: its contents do not fit its header ({error}).") from error
+
+    def _read_header(self) -> None:
+        checksums = self._file.get_tensor(_CHECKSUMS).tolist()
+        with open(self.path, "rb") as file:
+            text = file.read(*struct.unpack("<Q", file.read(8)))
+        names = parse_json(self.metadata["order"])
+        if set(self._file.keys()) != {*names, _CHECKSUMS}:
+            raise ValueError("it names other matrices than there are")
+        if len(checksums) > len(names) and zlib.crc32(text) != checksums.pop():
+            raise ValueError("the header's checksum is another one")
+        self._checksums = dict(zip(names, checksums, strict=True))
+        slices = {name: self._file.get_slice(name) for name in names}
+        self.sides = {name: triangle_side(*part.get_shape()) for name, part in slices.items()}
+        codes = {part.get_dtype() for part in slices.values()} or {"F32"}
+        [self.dtype] = [dtype for dtype, code in _CODES.items() if {code} == codes]
 
     def packed(self, name: str) -> Tensor:
         """Return the packed lower triangle of ``name``, verified against its checksum."""

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -163,6 +164,82 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
     (tmp_path / "d").write_bytes((tmp_path / "d").read_bytes()[:-7])
     with pytest.raises(ValueError, match="damaged"):
         calibrate(llama(), batches(4), checkpoint=tmp_path / "d")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["checksum of the header", "older file"])
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ('"batches": 4', '"batches": 0'),
+        ('"batches": 4', '"batches": 2'),
+        ('"batches": 4', '"batches": 6'),
+        ('"batches": 4', '"batches": 4.0'),
+        ('"batches": 4', '"batches": true'),
+        ('"finished": false', '"finished": 0'),
+        ('"finished": false', '"finished": true'),
+        ('"tokens": {"model.layers.0.self_attn.q_proj": ', '"tokens": {"model.layers.0.self_attn.q_proj": -'),
+        ('"calls": {"model.layers.0.self_attn.q_proj": 4', '"calls": {"model.layers.0.self_attn.q_proj": null'),
+        ('"calls": {"model.layers.0.self_attn.q_proj": 4, ', '"calls": {'),
+        ('{"model.layers.0.self_attn.q_proj": ["model', '{"model.layers.9.self_attn.q_proj": ["model'),
+        ('["model.layers.0.self_attn.q_proj", ', '["model.layers.0.mlp.down_proj", '),
+    ],
+    ids=str,
+)
+def test_a_changed_header_is_refused_and_never_counts_twice(tmp_path, text, other, old):
+    options = {"checkpoint_every": 2, "queue_tokens": 64}
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(InterruptedError):
+        calibrate(llama(), stopping(batches(), 5), checkpoint=path, **options)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header, content = json.loads(data[8 : 8 + length]), data[8 + length :]
+    progress = header["__metadata__"]["progress"]
+    assert progress.count(text) == 1
+    header["__metadata__"]["progress"] = progress.replace(text, other)
+    if old:
+        content = content[:-4]
+        header["crc32"]["shape"][0] -= 1
+        header["crc32"]["data_offsets"][1] -= 4
+    changed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + content)
+    with pytest.raises(ValueError, match=r"run\.ckpt (is damaged|belongs to another)"):
+        calibrate(llama(), batches(), checkpoint=path, **options)
+
+
+def test_checkpoints_without_a_checksum_of_their_header_are_continued(tmp_path):
+    options = {"checkpoint_every": 2, "queue_tokens": 64}
+    wanted = calibrate(llama(), batches(), **options)
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(InterruptedError):
+        calibrate(llama(), stopping(batches(), 5), checkpoint=path, **options)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    header["crc32"]["shape"][0] -= 1
+    header["crc32"]["data_offsets"][1] -= 4
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length : -4])
+    assert_equal(calibrate(llama(), batches(), checkpoint=path, **options), wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.timeout(60)
+def test_pipes_and_devices_are_no_checkpoints(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "run.0001")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, low_memory in (("pipe", False), ("zero", False), ("run", True)):
+        with pytest.raises(ValueError, match="is a pipe, a device or a socket"):
+            calibrate(llama(), batches(), checkpoint=tmp_path / name, low_memory=low_memory)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "run.0001").is_fifo()
+
+
+@MODES
+def test_names_of_legal_length_hold_a_checkpoint(tmp_path, low_memory):
+    path = tmp_path / ("c" * 250)
+    wanted = calibrate(llama(), batches(3), low_memory=low_memory)
+    for _ in range(2):
+        assert_equal(calibrate(llama(), batches(3), checkpoint=path, low_memory=low_memory), wanted)
 
 
 def test_a_checkpoint_in_use_is_refused(tmp_path):

@@ -80,6 +80,29 @@ def test_an_existing_file_is_replaced_only_on_request(tmp_path):
     assert len(Covariances.load(path)) == 1
 
 
+@pytest.mark.parametrize("content", ["text", "empty", "weights", "checkpoint", "damaged", "pipe"])
+def test_overwriting_replaces_covariances_and_nothing_else(tmp_path, content):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "thesis"
+    if content == "weights":
+        save_file({"weight": torch.ones(3)}, path)
+    elif content == "checkpoint":
+        save_file({"weight": torch.ones(3)}, path, metadata={"kind": "lora_null.calibration"})
+    elif content == "damaged":
+        _covariances().save(path)
+        path.write_bytes(path.read_bytes()[:-9])
+    elif content == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("three years of work" if content == "text" else "")
+    before = None if content == "pipe" else path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"thesis exists and is no covariance file.*Choose another path"):
+        _covariances().save(path, overwrite=True)
+    assert path.is_fifo() if content == "pipe" else path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_may_be_saved_over_itself(tmp_path):
     path = tmp_path / "c.safetensors"
     _covariances().save(path)
@@ -125,6 +148,84 @@ def test_damaged_files_are_named(tmp_path, damage):
         Covariances.load(path)["layers.0.q"]
 
 
+def test_any_bit_of_the_header_that_flips_is_noticed(tmp_path):
+    path = tmp_path / "c.safetensors"
+    _covariances(sizes=(2, 3)).save(path)
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    for position in [*range(start), *range(len(data) - 12, len(data))]:
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            with pytest.raises(ValueError, match=r"c\.safetensors"):
+                loaded = Covariances.load(path)
+                assert [loaded[key] for key in loaded]
+
+
+def rewritten(path, **metadata):
+    """Put other texts into a file's header, with the checksums that older files have."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header, content = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header["__metadata__"].update(metadata)
+    if header["crc32"]["shape"] == [len(header) - 1]:
+        content = content[:-4]
+        header["crc32"]["shape"][0] -= 1
+        header["crc32"]["data_offsets"][1] -= 4
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+
+
+def test_files_without_a_checksum_of_their_header_are_read(tmp_path):
+    path, saved = tmp_path / "c.safetensors", _covariances()
+    saved.save(path)
+    size = path.stat().st_size
+    rewritten(path)
+    assert path.stat().st_size < size
+    loaded = Covariances.load(path)
+    assert all(torch.equal(loaded[key], matrix) for key, matrix in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("groups", "[" * 200_000),
+        ("groups", '{"layers.0.q": "layers.0.q"}'),
+        ("groups", '["layers.0.q"]'),
+        ("tokens", '{"layers.0.q": Infinity, "layers.1.q": 3, "layers.2.q": 24}'),
+        ("tokens", '{"layers.0.q": 1e400, "layers.1.q": 3, "layers.2.q": 24}'),
+        ("tokens", '{"layers.0.q": -15, "layers.1.q": 3, "layers.2.q": 24}'),
+        ("tokens", '{"layers.0.q": true, "layers.1.q": 3, "layers.2.q": 24}'),
+        ("tokens", '{"layers.0.q": "15", "layers.1.q": 3, "layers.2.q": 24}'),
+        ("tokens", "9" * 5000),
+        ("provenance", '{"model": ["toy"]}'),
+        ("provenance", "null"),
+        ("order", "[1, 2, 3]"),
+        ("order", '["layers.0.q", "layers.1.q"]'),
+        ("order", '["layers.0.q", "layers.0.q", "layers.1.q"]'),
+        ("order", "[" * 200_000),
+        ("version", "one"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_headers_of_other_types_and_ranges_are_refused(tmp_path, field, text):
+    path = tmp_path / "c.safetensors"
+    _covariances().save(path)
+    rewritten(path, **{field: text})
+    with pytest.raises(ValueError, match=r"c\.safetensors (is damaged|has format)"):
+        Covariances.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(ValueError, match=rf"{name} is a pipe, a device or a socket"):
+            Covariances.load(tmp_path / name)
+
+
 def test_foreign_and_newer_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 
@@ -137,12 +238,7 @@ def test_foreign_and_newer_files_are_refused(tmp_path):
 
     path = tmp_path / "c.safetensors"
     _covariances().save(path)
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"]["version"] = "9"
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    rewritten(path, version="9")
     with pytest.raises(ValueError, match=r"version 9.*Upgrade"):
         Covariances.load(path)
 
@@ -157,3 +253,8 @@ def test_contradictory_arguments_are_refused():
         Covariances({"a": torch.ones(2, 3)}, {"a": ("a",)}, {"a": 1})
     with pytest.raises(ValueError, match="float16"):
         Covariances({"a": eye.half()}, {"a": ("a",)}, {"a": 1})
+    for tokens in (float("inf"), float("nan"), -1, None):
+        with pytest.raises(ValueError, match="numbers from 0"):
+            Covariances({"a": eye}, {"a": ("a",)}, {"a": tokens})
+    with pytest.raises(ValueError, match="to strings"):
+        Covariances({"a": eye}, {"a": ("a",)}, {"a": 1}, {"batches": 3})

@@ -154,6 +154,18 @@ def test_output_that_cannot_be_written(calibrated_folder, run, monkeypatch):
     refused(run, "export", folder / "model", below, match="text.txt is a file")
 
 
+def test_overwrite_is_for_covariances_only(calibrated_folder, run, monkeypatch):
+    folder = calibrated_folder
+    calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--overwrite", "--output")
+    assert run(*calibrate, folder / "cov")[0] == 0
+    monkeypatch.setattr("lora_null.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    for name in ("model/model.safetensors", "model/config.json"):
+        before = (folder / name).read_bytes()
+        refused(run, *calibrate, folder / name, match="exists and is no covariance file")
+        assert (folder / name).read_bytes() == before
+    refused(run, *calibrate, folder / ("x" * 256), match="File name too long")
+
+
 def test_a_folder_that_may_not_be_written_to(folder, run, monkeypatch):
     monkeypatch.setattr("lora_null.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
     # The administrator, who may run the tests, may write anywhere.
