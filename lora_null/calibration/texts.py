@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..system.files import require_regular
+
 # Looked for in this order in the objects of a .jsonl file; an answer is appended where one stands beside it.
 TEXT_FIELDS = ("text", "question", "prompt", "instruction", "content")
-
-
 ANSWER_FIELDS = ("answer", "completion", "response", "output")
+# Some 250 million tokens, a thousand times what a calibration takes; the whole file is read into memory.
+_LARGEST_TEXT = 2**30
 
 
 def read_texts(data: str | Path, *, field: str | None = None) -> list[str]:
@@ -30,11 +32,11 @@ def read_texts(data: str | Path, *, field: str | None = None) -> list[str]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A line is not an object with that field, or nothing is left to read.
+        IsADirectoryError: It is a folder.
+        ValueError: No regular file, or larger than 1 GiB; a line is not an object with that field; nothing is left.
     """
     path = Path(data)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; expected a text file or a .jsonl file with calibration text.")
+    require_regular(path, "a text file or a .jsonl file with calibration text", _LARGEST_TEXT)
     try:
         # Some editors put a byte order mark first.
         content = path.read_text(encoding="utf-8-sig")
@@ -73,8 +75,8 @@ def token_batches(
     """Tokenise documents into padded batches, each with ``input_ids`` and ``attention_mask (B, L)``.
 
     Documents keep their own beginning, as the model met them; longer ones than ``sequence_length`` are cut. With
-    ``max_tokens`` whole documents are drawn in an order that ``seed`` fixes. Batches are sorted by length, so that
-    little is padded.
+    ``max_tokens`` documents are drawn in an order that ``seed`` fixes, and the last one is cut where that many tokens
+    are reached. Batches are sorted by length, so that little is padded.
 
     Raises:
         ValueError: The documents have no token, or a size is not positive.
@@ -89,6 +91,8 @@ def token_batches(
         if max_tokens is not None and total >= max_tokens:
             break
         ids = tokenizer(texts[index])["input_ids"]
+        if max_tokens is not None:
+            ids = ids[: max_tokens - total]
         pieces.extend(ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length))
         total += len(ids)
     if not total:

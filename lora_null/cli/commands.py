@@ -17,7 +17,7 @@ def calibrate(
     data: Annotated[Path, typer.Option(help="Text file, or .jsonl file with one document per line.")],
     output: Annotated[Path, typer.Option(help="Covariance file to write.")] = Path("covariances.safetensors"),
     field: Annotated[str | None, typer.Option(help="Field of the .jsonl objects.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Read documents until this many tokens.")] = 65536,
+    max_tokens: Annotated[int, typer.Option(help="Read documents up to this many tokens.")] = 65536,
     sequence_length: Annotated[int, typer.Option(help="Longer documents are cut.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Documents per forward pass.")] = 16,
     target_modules: Targets = "all-linear",

@@ -166,6 +166,6 @@ def check_target(path: Path, overwrite: bool) -> None:
         PackedFile(path, _KIND)
     except (ValueError, OSError) as error:
         raise FileExistsError(
-            f"{path} exists and is no covariance file; overwriting replaces nothing else. Choose another path, or "
-            f"delete it yourself. ({error})"
+            f"{path} exists and is no covariance file, or a damaged one; overwriting replaces nothing else. Choose "
+            "another path, or delete it yourself."
         ) from error

@@ -1,6 +1,7 @@
 """What the commands read: texts, token batches, names of targets and dtypes."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -66,6 +67,26 @@ def test_max_tokens_draws_whole_documents_in_a_seeded_order(tokenizer):
         return sorted(int(row[0]) for batch in batches for row in batch["input_ids"])
 
     assert len(drawn(0)) == 10 and drawn(0) == drawn(0) != drawn(1)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 20, 399])
+def test_max_tokens_holds_for_one_long_text_too(tokenizer, max_tokens):
+    for texts in (["w1 w2 " * 200], ["w1 w2 w3 w4 w5"] * 80):
+        batches = token_batches(tokenizer, texts, max_tokens=max_tokens, sequence_length=16)
+        assert sum(int(batch["attention_mask"].sum()) for batch in batches) == max_tokens
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_regular_file_of_bounded_size_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with open(tmp_path / "vast", "wb") as file:
+        file.truncate(2**40)
+    for name, match in (("pipe", "is a pipe"), ("zero", "a device"), ("vast", "at most 1,073,741,824 bytes")):
+        with pytest.raises(ValueError, match=rf"{name}.*{match}"):
+            read_texts(tmp_path / name)
+    with pytest.raises(IsADirectoryError, match="expected a text file"):
+        read_texts(tmp_path)
 
 
 def test_targets_and_dtypes():

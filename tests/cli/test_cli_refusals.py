@@ -27,7 +27,7 @@ def test_missing_and_foreign_files(folder, run):
     refused(run, "export", folder / "model", folder / "out", match="plain or merged model")
     save_file({"other": torch.ones(1)}, folder / "other.safetensors")
     refused(run, "init", folder / "model", folder / "other.safetensors", folder / "out", match="covariances")
-    refused(run, "calibrate", folder / "model", "--data", folder / "nowhere", match="not a file")
+    refused(run, "calibrate", folder / "model", "--data", folder / "nowhere", match="no such file")
     refused(run, "merge", folder / "nowhere", folder / "adapter", folder / "out", match="not a folder")
     assert not (folder / "out").exists()
 
