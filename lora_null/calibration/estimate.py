@@ -59,7 +59,7 @@ def estimate(model: nn.Module, batches: Sequence[Any], config: LoraNullConfig, o
     timed = replace(options, checkpoint=None, progress=False, shard=False)
     job, trial = (Job.of(uncompiled(model), config, each) for each in (options, timed))
     read = [job.reader.read(item, index) for index, item in enumerate(batches)]
-    largest = max(range(len(read)), key=lambda index: read[index].positions)
+    largest = max(range(len(read)), key=lambda index: read[index].positions if read[index].tokens else 0)
     measured, positions = read[largest].positions, sum(batch.positions for batch in read)
     with evaluating(job.model):
         plan, seen = plan_for(job, read, tokens=positions)

@@ -25,11 +25,13 @@ from .walk import LayerWalk, decoder_layers, split_by_layer
 def run_layerwise(job: Job, source: Iterable[Any]) -> Sums:
     """Run one pass per decoder layer over the batches of ``source``, with that layer's sums only."""
     batches = [job.reader.read(item, index) for index, item in enumerate(source)]
-    collector, options = job.collector(batches), job.options
+    # an empty text shows nothing of the model
+    counted = [batch for batch in batches if batch.tokens]
+    collector, options = job.collector(counted), job.options
     name, layers = decoder_layers(job.model, job.linears)
-    if batches:
+    if counted:
         sizes = [batch.positions for batch in batches]
-        plan = plan_walk(job, job.probe(batches[0]), collector.placement, tokens=sum(sizes), largest_batch=max(sizes))
+        plan = plan_walk(job, job.probe(counted[0]), collector.placement, tokens=sum(sizes), largest_batch=max(sizes))
         log_plan(plan, options.memory_limit)
     data = DataFingerprint()
     for batch in batches:

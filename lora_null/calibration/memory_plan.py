@@ -53,6 +53,9 @@ def memory_plan(
 
     Returns:
         The plan; ``str(plan)`` is a table, ``plan.total(device)`` the bytes on one device.
+
+    Raises:
+        ValueError: An argument is out of range; the model has no target layer; the batch holds no token.
     """
     options = Options(
         mask="none",
@@ -72,11 +75,14 @@ def memory_plan(
 
 def plan_for(job: Job, batches: Sequence[Batch], *, tokens: int) -> tuple[MemoryPlan, Probe]:
     """Plan for ``tokens`` tokens in ``batches`` and more of their kind; returns also what the first of them showed."""
-    seen = _probe(job, batches[0])
+    counted = [batch for batch in batches if batch.tokens]
+    if not counted:
+        raise ValueError("No token counts in the batches to plan for; expected one with tokens that the mask keeps.")
+    seen = _probe(job, counted[0])
     if not job.options.low_memory:
-        return plan_streaming(seen, job.collector(batches[:1]).placement), seen
-    largest = max(batch.positions for batch in batches)
-    return plan_walk(job, seen, job.collector(batches).placement, tokens=tokens, largest_batch=largest), seen
+        return plan_streaming(seen, job.collector(counted[:1]).placement), seen
+    largest = max(batch.positions for batch in counted)
+    return plan_walk(job, seen, job.collector(counted).placement, tokens=tokens, largest_batch=largest), seen
 
 
 def _probe(job: Job, batch: Batch) -> Probe:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ from .shared_inputs import watching
 def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
     """Run the model once over the batches of ``source``, of which there are ``total`` if that is known."""
     batches = (job.reader.read(item, index) for index, item in enumerate(source))
-    # a process may have got no batch at all
-    first = list(islice(batches, 1))
+    head, first = _first_counted(batches)
     collector = job.collector(first)
     with ExitStack() as stack:
         checkpoint, devices = None, {}
@@ -34,7 +33,7 @@ def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
         record = _Record(collector, checkpoint, devices)
         advance = stack.enter_context(job.bar(total, initial=record.done))
         stack.enter_context(watching(job.linears, collector.receive))
-        for index, batch in enumerate(chain(first, batches)):
+        for index, batch in enumerate(chain(head, batches)):
             if record.holds(batch):
                 continue
             collector.begin(index, batch.mask)
@@ -44,6 +43,20 @@ def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
             advance(batch.tokens)
         record.finish()
     return Sums(*combined(collector), data=digest_of(exchange(str(record.data))))
+
+
+def _first_counted(batches: Iterator[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Read up to the first batch of which a token counts: an empty text shows nothing of the model.
+
+    Returns:
+        What was read, and that batch; none where a process has got no such batch.
+    """
+    head = []
+    for batch in batches:
+        head.append(batch)
+        if batch.tokens:
+            return head, [batch]
+    return head, []
 
 
 def _plan(job: Job, collector: Collector, first: Batch) -> dict[str, torch.device]:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from calibration_tools import VOCABULARY, assert_as_good_as_torch, llama, token_ids, truth
+from calibration_tools import VOCABULARY, assert_as_good_as_torch, assert_equal, llama, token_ids, truth
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lora_null import LoraNullConfig, calibrate
+from lora_null import LoraNullConfig, calibrate, memory_plan
 from lora_null.calibration.batches import BatchReader
 
 # Tiny products are faster on one thread, and the bits of a sum depend on the number of threads.
@@ -65,6 +65,33 @@ def test_one_tensor_is_cut_into_rows_and_rows_may_be_bare():
     wanted, plain = truth(model, [{"input_ids": ids}])
     for batches in (ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, list(ids)):
         assert_as_good_as_torch(calibrate(model, batches, queue_tokens=64), wanted, plain)
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["streaming", "layerwise"])
+@pytest.mark.parametrize("where", [0, 1, 3])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        torch.zeros(1, 0, dtype=torch.long),
+        {"input_ids": [[]], "attention_mask": [[]]},
+        {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 3)},
+    ],
+    ids=["no ids", "the tokenizer's answer to no text", "padding only"],
+)
+def test_a_text_without_tokens_is_passed_over_wherever_it_stands(tmp_path, empty, where, low_memory):
+    model, texts = llama(), [token_ids(2, 30, seed) for seed in range(3)]
+    wanted = calibrate(model, texts)
+    texts[where:where] = [empty, empty]
+    for _ in range(2):
+        got = calibrate(model, texts, low_memory=low_memory, checkpoint=tmp_path / "run")
+        assert_equal(got, wanted)
+    with pytest.raises(ValueError, match="No token was counted"):
+        calibrate(model, [empty, empty], low_memory=low_memory)
+
+
+def test_a_plan_needs_a_token():
+    with pytest.raises(ValueError, match="No token counts in the batches to plan for"):
+        memory_plan(llama(), torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_bad_input_gets_a_clear_error():
