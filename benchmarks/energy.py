@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_null
 from lora_null.calibration.texts import read_texts, token_batches
 
+from . import spectra
+
 
 def excesses(exact: lora_null.Covariances, summed: lora_null.Covariances, ranks: list[int]) -> dict[int, dict]:
     """Return, by rank and group, the energy of our basis over the sum of the least eigenvalues, less one."""
@@ -22,8 +24,7 @@ def excesses(exact: lora_null.Covariances, summed: lora_null.Covariances, ranks:
     for key, C in exact.items():
         optimum = torch.linalg.eigvalsh(C).cumsum(0)
         for r in ranks:
-            Q, _ = torch.linalg.qr(lora_null.null_space(summed[key], r).basis)
-            found[r][key] = float(((C @ Q) * Q).sum() / optimum[r - 1]) - 1
+            found[r][key] = spectra.energy(C, lora_null.null_space(summed[key], r).basis) / float(optimum[r - 1]) - 1
     return found
 
 

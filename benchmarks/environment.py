@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def describe(device: str) -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    found = {
+    found: dict[str, Any] = {
         "device": name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

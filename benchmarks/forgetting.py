@@ -120,7 +120,8 @@ def _config(start: Start, **options: Any) -> Any:
     from peft import LoraConfig
 
     r = start.settings.r
-    return LoraConfig(**{"r": r, "lora_alpha": r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+    wanted: dict[str, Any] = {"r": r, "lora_alpha": r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return LoraConfig(**wanted | options)
 
 
 def _peft(model: Any, start: Start, **options: Any) -> nn.Module:
@@ -210,22 +211,22 @@ def _run(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    path = arguments.model or str(quickstart.fetch_model())
     settings = Settings(
-        model=arguments.model or str(quickstart.fetch_model()),
+        model=path,
         seed=arguments.seed,
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         questions=arguments.questions,
         progress=False,
     )
-    assert settings.model is not None
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(path)
     known, held_out = country_facts()
     asked = [held_out[index * len(held_out) // settings.questions] for index in range(settings.questions)]
     judge = quickstart.Judge(tokenizer, asked, False)
 
     def fresh() -> Any:
-        return quickstart.load_model(settings.model, torch.float32, "cpu")
+        return quickstart.load_model(path, torch.float32, "cpu")
 
     batches = list(token_batches(tokenizer, [fact.text for fact in known], batch_size=32))
     covariances = lora_null.calibrate(fresh(), batches, lora_null.LoraNullConfig(r=settings.r), progress=False)

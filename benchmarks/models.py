@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .peers.layers import Attach, attach_ours, share_projections
 Adapters = dict[str, tuple[Tensor, Tensor]]  # module name within a decoder layer -> A (r, d), B (m, r)
 
 
-def random_model(shape, *, layers: int, vocab_size: int, dtype: torch.dtype, device: str, seed: int = 0) -> nn.Module:
+def random_model(shape, *, layers: int, vocab_size: int, dtype: torch.dtype, device: str, seed: int = 0) -> Any:
     """Return a frozen LLaMA of the given shape with random weights, in training mode."""
     from transformers import LlamaForCausalLM
 
@@ -28,7 +29,7 @@ def random_model(shape, *, layers: int, vocab_size: int, dtype: torch.dtype, dev
     return model.requires_grad_(False).train()
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
+def sharing_copy(model: Any) -> Any:
     """Return a copy whose parameters and buffers are the very tensors of ``model``."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -56,7 +57,7 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator, device: st
     return torch.linalg.qr(values)[0]
 
 
-def attach_all(layers: Iterable[nn.Module], adapters: Adapters, attach: Attach, *, train_a: bool) -> None:
+def attach_all(layers: Iterable[Any], adapters: Adapters, attach: Attach, *, train_a: bool) -> None:
     """Put the adapters on every decoder layer; ours share the projections of a sharing group, as always."""
     for layer in layers:
         for parent in (layer.self_attn, layer.mlp):
@@ -67,7 +68,7 @@ def attach_all(layers: Iterable[nn.Module], adapters: Adapters, attach: Attach, 
             share_projections(layer)
 
 
-def trained_b(layer: nn.Module, adapters: Adapters) -> dict[str, nn.Parameter]:
+def trained_b(layer: Any, adapters: Adapters) -> dict[str, nn.Parameter]:
     """Return the ``lora_B`` parameter of each linear of a decoder layer, whoever made it."""
     found = {}
     for name in adapters:

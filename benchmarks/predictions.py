@@ -8,6 +8,7 @@ with A frozen as well.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def linear_ms(accelerator: Accelerator, d: int, T: int, variant: str | None) -> 
 
 def linear_rows() -> list[tuple[str, ...]]:
     """Return, per accelerator and width, the ratios between the ways of computing an adapted layer."""
-    rows = [("accelerator", "d", "eager / base", "accumulate / base", "eager / fused", "accumulate / fused, A frozen")]
+    rows: list[tuple[str, ...]] = [
+        ("accelerator", "d", "eager / base", "accumulate / base", "eager / fused", "accumulate / fused, A frozen")
+    ]
     for it in accelerators():
         for d in (2048, 4096, 8192):
             base = linear_ms(it, d, 8192, None)
@@ -78,13 +81,19 @@ def task_rows() -> list[tuple[str, ...]]:
         ),
     }
     known = accelerators()
-    rows = [("task, least time by the written model", *(it.name for it in known))]
+    rows: list[tuple[str, ...]] = [("task, least time by the written model", *(it.name for it in known))]
     for task, work in tasks.items():
-        rows.append((task, *(milliseconds(it.ceilings.limit_ms(work)) for it in known)))
+        rows.append((task, *(_least(it, work) for it in known)))
     return rows
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
+def _least(accelerator: Accelerator, work: limits.Work) -> str:
+    limit = accelerator.ceilings.limit_ms(work)
+    assert limit is not None, "the tasks use no dtype whose rate is not assumed"
+    return milliseconds(limit)
+
+
+def markdown(rows: Sequence[tuple[str, ...]]) -> str:
     """Return rows as a Markdown table; the first is the header."""
     head, *body = rows
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]

@@ -65,3 +65,9 @@ def covariance(d: int, kind: str = "o", *, seed: int = 0, device: str = "cpu") -
             matrix = fft.dct(matrix, axis=axis, norm="ortho", overwrite_x=True, workers=-1)
     C = torch.from_numpy(np.ascontiguousarray(matrix)).to(device)
     return (C + C.T) / 2, eigenvalues
+
+
+def energy(C: Tensor, basis: Tensor) -> float:
+    """``tr(U^T C U)`` in fp64, of the orthonormalised basis: a basis that is short must not look quiet."""
+    Q, _ = torch.linalg.qr(basis.double())
+    return float((Q * (C @ Q)).sum())

@@ -27,6 +27,7 @@ def _suite(name: str):
         spec = importlib.util.spec_from_file_location(
             "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+        assert spec is not None and spec.loader is not None
         sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["benchmarks"])
     return importlib.import_module(f"benchmarks.{name}")

@@ -193,11 +193,11 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[int | None, Any]:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, result
+        return torch.cuda.max_memory_allocated() - held, result
     _trim()
     before = _status("VmRSS")
     try:

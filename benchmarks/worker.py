@@ -12,6 +12,7 @@ import os
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import Any
 
 
 class TreeFinder(MetaPathFinder):
@@ -49,7 +50,7 @@ def serve(device: str, requests, answer) -> None:
 
     timing.keep_freed_memory()
     questions, clock = registry(), timing.clock(device)
-    call = None
+    call: Any = None
     for line in requests:
         request = json.loads(line)
         if "sample" in request:

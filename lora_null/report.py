@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,15 @@ def adapter_report(
     return summary, rows
 
 
+def eigenvalues_of(covariances: Covariances, *, progress: bool = True) -> dict[str, Tensor]:
+    """Return the eigenvalues ``(d,)`` of each covariance, ascending, by group, in float64.
+
+    Computed by LAPACK, without this package's solver: they are what that solver is judged by.
+    """
+    bar = tqdm(covariances.items(), "eigenvalues", total=len(covariances), unit="matrix", disable=not progress)
+    return {key: torch.linalg.eigvalsh(C.double()) for key, C in bar}
+
+
 def row_space_energy(lora_A: Tensor, C: Tensor, eigenvalues: Tensor | None = None) -> float:
     """Return ``tr(Q^T C Q)`` over its minimum, ``Q`` an orthonormal basis of the rows of ``lora_A (r, d)``.
 
@@ -158,13 +167,22 @@ def row_space_energy(lora_A: Tensor, C: Tensor, eigenvalues: Tensor | None = Non
     subspaces of that dimension is the sum of the smallest eigenvalues (Ky Fan). Inf if the minimum is below the
     rounding of ``C`` in float32 and the subspace is not.
     """
-    Q = _row_basis(lora_A.double())
-    C = C.double()
-    eigenvalues = torch.linalg.eigvalsh(C) if eigenvalues is None else eigenvalues
+    Q = _row_basis(lora_A.detach().to(C.device, torch.float64))
+    eigenvalues = torch.linalg.eigvalsh(C.double()) if eigenvalues is None else eigenvalues
     least = float(eigenvalues[: Q.shape[1]].clamp(min=0).sum())
     floor = _NOISE * float(eigenvalues[-1])
-    caught = float((Q * (C @ Q)).sum())
+    caught = float((Q * (C.double() @ Q)).sum())
     return 1.0 if max(caught, least) <= floor else _ratio(caught, least)
+
+
+def row_space_energies(
+    factors: Mapping[str, Tensor], covariances: Covariances, eigenvalues: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return :func:`row_space_energy` of each ``lora_A (r, d)`` by layer; see :func:`eigenvalues_of`."""
+    return {
+        name: row_space_energy(lora_A, covariances[name], eigenvalues[covariances.group_of(name)])
+        for name, lora_A in factors.items()
+    }
 
 
 def rows_as_dicts(rows: list[LayerSpectrum] | list[LayerUpdate]) -> Iterator[dict[str, Any]]:

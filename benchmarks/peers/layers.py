@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,8 +31,13 @@ def share_projections(module: nn.Module) -> None:
     lora_null.adapters.sharing.share_projections(module)
 
 
+def plain_adapter(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """``(x A^T) B^T`` as one writes it first; in fp64 it is the truth of the questions."""
+    return (x @ A.to(x.dtype).T) @ B.to(x.dtype).T
+
+
 class PlainLinear(nn.Module):
-    """``y = x W^T + (x A^T) B^T`` as one writes it first; in fp64 it is the truth of the model questions."""
+    """``y = x W^T + (x A^T) B^T`` with :func:`plain_adapter`."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, *, train_a: bool):
         super().__init__()
@@ -41,7 +47,7 @@ class PlainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x (..., d)`` to ``(..., m)``."""
-        return self.base(x) + (x @ self.lora_A.to(x.dtype).T) @ self.lora_B.to(x.dtype).T
+        return self.base(x) + plain_adapter(x, self.lora_A, self.lora_B)
 
 
 def attach_plain(parent: nn.Module, name: str, A: Tensor, B: Tensor, train_a: bool) -> None:
@@ -58,11 +64,12 @@ def peft_layer(base: nn.Linear, A: Tensor, B: Tensor, train_a: bool) -> nn.Modul
     """Return PEFT's own LoRA layer around ``base``, with the given factors in their dtype."""
     from peft import LoraConfig, get_peft_model
 
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.proj = base
     r = A.shape[0]
     config = LoraConfig(r=r, lora_alpha=r, target_modules=["proj"], lora_dropout=0.0)
-    layer = get_peft_model(holder, config, autocast_adapter_dtype=False).base_model.model.proj
+    get_peft_model(holder, config, autocast_adapter_dtype=False)
+    layer = holder.proj
     layer.lora_A["default"].weight = nn.Parameter(A.clone(), requires_grad=train_a)
     layer.lora_B["default"].weight = nn.Parameter(B.clone())
     return layer

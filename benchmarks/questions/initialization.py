@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import limits, models
+from .. import limits, models, spectra
 from ..harness import Call, Case, Provider, Question, Verdict, worst
 from ..peers.published import PublishedHooks, published_basis, published_factors
 from ..shapes import shapes
 from ..timing import Timed
-from .null_space import energy
+
+Result = TypeVar("Result")
 
 
 @dataclass
 class Inputs:
     """A frozen random model, its calibration batches ``(b, sequence)``, and the truth of some linear inputs."""
 
-    model: nn.Module
+    model: Any
     batches: list[Tensor]
     optimum: dict[str, float]  # module name -> sum of the r smallest eigenvalues
     covariances: dict[str, Tensor] = field(default_factory=dict)
@@ -97,7 +101,7 @@ class Initialization(Question):
     def verify(self, case, inputs, output):
         """Energy of the rows of every measured ``A0`` at most 1.001 times the optimum."""
         found = worst(
-            energy(inputs.covariances[name], output[name].T) / inputs.optimum[name] for name in inputs.optimum
+            spectra.energy(inputs.covariances[name], output[name].T) / inputs.optimum[name] for name in inputs.optimum
         )
         return Verdict(found, 1.001, "worst energy over the optimum")
 
@@ -129,7 +133,7 @@ def measured_names(case: Case) -> list[str]:
 
 
 @torch.no_grad()
-def _truth(model: nn.Module, names: list[str], batches: list[Tensor]) -> dict[str, Tensor]:
+def _truth(model: Any, names: list[str], batches: list[Tensor]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
 
     def hook(name: str):
@@ -149,7 +153,7 @@ def _truth(model: nn.Module, names: list[str], batches: list[Tensor]) -> dict[st
     return sums
 
 
-def _seconds(device: torch.device, run) -> tuple[float, object]:
+def _seconds(device: torch.device, run: Callable[[], Result]) -> tuple[float, Result]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -201,6 +205,10 @@ def _once(run, factors: dict[str, Tensor], phases: dict[str, float]) -> Call:
     return Call({"run": Timed(lambda: waiting.pop() if waiting else run(), self_timed=True)}, output, phases)
 
 
+def _published_layer(weight: Tensor, covariance: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    return published_factors(weight, published_basis(covariance, r))
+
+
 def _published(case: Case, inputs: Inputs) -> Call:
     shape = shapes()[case["model"]]
     names = measured_names(case)
@@ -232,12 +240,8 @@ def _published(case: Case, inputs: Inputs) -> Call:
                     # rectangle with its longer side.
                     seconds[m, d] = seconds[4096, 4096] / 2 * ((d / 4096) ** 3 + max(m, d) / 4096)
                 else:
-                    seconds[m, d], (factors[name], _) = _seconds(
-                        device,
-                        lambda linear=linear, name=name: published_factors(
-                            linear.weight, published_basis(covariances[name].matrix, case["r"])
-                        ),
-                    )
+                    solve_layer = partial(_published_layer, linear.weight, covariances[name].matrix, case["r"])
+                    seconds[m, d], (factors[name], _) = _seconds(device, solve_layer)
             total += seconds[m, d]
         return total
 

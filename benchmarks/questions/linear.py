@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def worst_ratio(output: dict[str, Tensor], truth: dict[str, Tensor], torch_error
 def plain(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dy: Tensor, train_a: bool) -> dict[str, Tensor]:
     """``y = x W^T + (x A^T) B^T`` and its gradients by autograd, in the dtype of the arguments."""
     x, A, B = x.detach().requires_grad_(), A.detach().requires_grad_(train_a), B.detach().requires_grad_()
-    y = x @ weight.T + (x @ A.T) @ B.T
+    y = x @ weight.T + layers.plain_adapter(x, A, B)
     return {"y": y.detach()} | gradients(y, dy, x, A, B)
 
 
@@ -137,11 +138,13 @@ class Linear(Question):
         ]
 
 
-def _holder(inputs: Inputs) -> nn.Module:
+def frozen_linears(weights: dict[str, Tensor]) -> Any:
+    """Return a module with a frozen linear layer for each weight ``(m, d)``, which it shares."""
     holder = nn.Module()
-    m, d = inputs.weight.shape
-    holder.proj = nn.Linear(d, m, bias=False, device="meta")
-    holder.proj.weight = nn.Parameter(inputs.weight, requires_grad=False)
+    for name, weight in weights.items():
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        setattr(holder, name, linear)
     return holder
 
 
@@ -158,7 +161,7 @@ def _timed(forward, inputs: Inputs, leaves: list[Tensor]) -> dict[str, Timed]:
 
 def _build(attach: layers.Attach, *, compiled: bool = False):
     def build(case: Case, inputs: Inputs) -> Call:
-        holder = _holder(inputs)
+        holder = frozen_linears({"proj": inputs.weight})
         attach(holder, "proj", inputs.A, inputs.B, case["train_a"])
         # A clone: unsloth writes dx into the storage of x.
         x = inputs.x.clone().requires_grad_()

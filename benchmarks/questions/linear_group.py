@@ -12,7 +12,7 @@ from ..harness import Call, Case, Provider, Question, Verdict
 from ..peers import layers
 from ..shapes import shapes
 from ..timing import SavedBytes, Timed
-from .linear import relative_error, worst_ratio
+from .linear import frozen_linears, relative_error, worst_ratio
 
 
 @dataclass
@@ -123,18 +123,9 @@ class LinearGroup(Question):
 
 
 def _plain(inputs: Inputs) -> dict[str, Tensor]:
-    holder = _holder(inputs)
+    holder = frozen_linears(inputs.weights)
     _attach(holder, inputs, layers.attach_plain)
     return _Group(holder, inputs).output()
-
-
-def _holder(inputs: Inputs) -> nn.Module:
-    holder = nn.Module()
-    for name, weight in inputs.weights.items():
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        setattr(holder, name, linear)
-    return holder
 
 
 def _attach(holder: nn.Module, inputs: Inputs, attach: layers.Attach) -> None:
@@ -178,7 +169,7 @@ class _Group:
 
 def _layer_wise(attach: layers.Attach, *, compiled: bool = False):
     def build(case: Case, inputs: Inputs) -> Call:
-        holder = _holder(inputs)
+        holder = frozen_linears(inputs.weights)
         _attach(holder, inputs, attach)
         return _Group(holder, inputs, compiled=compiled).call()
 
@@ -186,11 +177,11 @@ def _layer_wise(attach: layers.Attach, *, compiled: bool = False):
 
 
 def _ours(case: Case, inputs: Inputs) -> Call:
-    holder = _holder(inputs)
+    holder = frozen_linears(inputs.weights)
     _attach(holder, inputs, layers.attach_ours)
     layers.share_projections(holder)
     return _Group(holder, inputs).call()
 
 
 def _base(case: Case, inputs: Inputs) -> Call:
-    return _Group(_holder(inputs), inputs).call(checked=False)
+    return _Group(frozen_linears(inputs.weights), inputs).call(checked=False)

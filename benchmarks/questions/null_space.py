@@ -21,12 +21,6 @@ class Inputs:
     optimum: float
 
 
-def energy(C: Tensor, basis: Tensor) -> float:
-    """``tr(U^T C U)`` in fp64, of the orthonormalised basis: a basis that is short must not look quiet."""
-    Q, _ = torch.linalg.qr(basis.double())
-    return float((Q * (C @ Q)).sum())
-
-
 class NullSpaces(Question):
     """How fast is a null space found, and how quiet is it?"""
 
@@ -52,7 +46,7 @@ class NullSpaces(Question):
         """Energy at most 1.001 times the optimum."""
         if tuple(output.shape) != (case["d"], case["r"]):
             return Verdict(float("nan"), 1.001, f"a basis of shape {tuple(output.shape)}")
-        return Verdict(energy(inputs.C, output) / inputs.optimum, 1.001, "energy over the optimum")
+        return Verdict(spectra.energy(inputs.C, output) / inputs.optimum, 1.001, "energy over the optimum")
 
     def work(self, case, mode):
         """See :func:`limits.null_space_work`."""

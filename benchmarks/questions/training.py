@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import limits, models
 from ..harness import Call, Case, Provider, Question, Verdict
@@ -23,10 +24,10 @@ class Inputs:
     That is the timed model itself where its fp64 form fits, else a twin of one layer.
     """
 
-    model: nn.Module
+    model: Any
     tokens: Tensor
     adapters: models.Adapters
-    small: nn.Module
+    small: Any
     small_tokens: Tensor
     truth: dict[str, Tensor]
     torch_error: dict[str, float]
@@ -113,7 +114,7 @@ class TrainingStep(Question):
 
 
 class _Adapted:
-    def __init__(self, model: nn.Module, adapters, attach, case: Case, *, compiled=False, liger=False):
+    def __init__(self, model: Any, adapters, attach, case: Case, *, compiled=False, liger=False):
         self.model = models.sharing_copy(model)
         # As under gradient checkpointing: the first layer then computes dx like every other one.
         self.model.enable_input_require_grads()

@@ -23,8 +23,8 @@ from ..calibration.calibrate import calibrate
 from ..calibration.texts import read_texts, token_batches
 from ..config import LoraNullConfig
 from ..models.loading import choose_device, load_tokenizer, parse_dtype
+from ..report import eigenvalues_of, row_space_energies
 from . import tables
-from .energy import energy_over_optimum, optimal_energies
 from .evaluation import Knowledge, score_facts, task_loss
 from .facts import Fact, country_facts
 from .measure import Stages
@@ -90,14 +90,14 @@ def run(settings: Settings) -> dict[str, Any]:
     with stages.stage("calibrate"):
         batches = token_batches(tokenizer, texts, batch_size=32)
         covariances = calibrate(model, batches, config, progress=settings.progress)
-    with stages.stage("optimal energies, for the table only"):
-        optimum = optimal_energies(covariances, settings.r, progress=settings.progress)
+    with stages.stage("eigenvalues, for the table only"):
+        eigenvalues = eigenvalues_of(covariances, progress=settings.progress)
 
     with stages.stage("train LoRA"):
         peft_model = plain_lora(model, settings)
         _train(peft_model, examples, settings)
     with stages.stage("evaluate LoRA"):
-        lora = judge(peft_model, energy_over_optimum(_peft_factors(peft_model), covariances, optimum))
+        lora = judge(peft_model, row_space_energies(_peft_factors(peft_model), covariances, eigenvalues))
     # PEFT's LoRA never wrote to the base weights, so what is left is the model that was loaded.
     model = peft_model.unload()
     model.requires_grad_(False)
@@ -108,7 +108,7 @@ def run(settings: Settings) -> dict[str, Any]:
         _train(model, examples, settings)
     with stages.stage("evaluate LoRA-Null"):
         factors = {name: layer.lora_A.weight for name, layer in adapter_layers(model).items()}
-        null = judge(model, energy_over_optimum(factors, covariances, optimum))
+        null = judge(model, row_space_energies(factors, covariances, eigenvalues))
 
     adapter = settings.output / "adapter"
     with stages.stage("save, reload in a fresh process"):
@@ -138,11 +138,11 @@ class Judge:
         self.tokenizer, self.facts, self.progress = tokenizer, facts, progress
         self.problems = encode_problems(tokenizer, word_problems(_TEST_PROBLEMS, seed=_TEST_SEED))
 
-    def __call__(self, model: nn.Module, energies: list[float] | None = None) -> Outcome:
+    def __call__(self, model: nn.Module, energies: dict[str, float] | None = None) -> Outcome:
         """Answer the questions and the problems; ``energies`` of the layers' A are reported by their median."""
         knowledge = score_facts(model, self.tokenizer, self.facts, progress=self.progress)
         loss = task_loss(model, self.problems, pad_batch, progress=self.progress)
-        return Outcome(knowledge, loss, median(energies) if energies else None)
+        return Outcome(knowledge, loss, median(energies.values()) if energies else None)
 
 
 def reload_elsewhere(model: nn.Module, base: str, adapter: Path, input_ids: Tensor) -> dict[str, Any]:

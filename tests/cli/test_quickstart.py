@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_null.quickstart import energy, evaluation, facts, measure, problems, training
+from lora_null import report
+from lora_null.quickstart import evaluation, facts, measure, problems, training
 from lora_null.quickstart import model as quickstart_model
 from lora_null.quickstart.run import check_output, reload_elsewhere, run
 from lora_null.quickstart.settings import Settings
@@ -228,15 +229,15 @@ class TestEnergy:
         import lora_null
 
         model, covariances = calibrated
-        optimum = energy.optimal_energies(covariances, 4, progress=False)
+        eigenvalues = report.eigenvalues_of(covariances, progress=False)
         lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=4), progress=False)
         factors = {name: module.weight for name, module in model.named_modules() if name.endswith("lora_A")}
         factors = {name.removesuffix(".lora_A"): weight for name, weight in factors.items()}
         assert len(factors) == 14
-        ratios = energy.energy_over_optimum(factors, covariances, optimum)
-        assert all(0.999 < ratio < 1.01 for ratio in ratios)
+        ratios = report.row_space_energies(factors, covariances, eigenvalues)
+        assert all(0.999 < ratio < 1.01 for ratio in ratios.values())
         random = {name: torch.randn_like(weight) for name, weight in factors.items()}
-        assert min(energy.energy_over_optimum(random, covariances, optimum)) > 2
+        assert min(report.row_space_energies(random, covariances, eigenvalues).values()) > 2
 
 
 class TestMeasure:
