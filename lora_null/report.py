@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapters.files import read_adapter
+from .adapters.files import Adapter
 from .covariances.covariances import Covariances
 
 # Below this share of the largest eigenvalue the spectrum of an fp32 sum is rounding noise.
@@ -120,15 +120,15 @@ def adapter_report(
 
     Raises:
         FileNotFoundError: ``path`` is not an adapter folder.
-        ValueError: A file is damaged, or the covariances belong to another model.
+        ValueError: A file is damaged or of a newer format, or the covariances belong to another model.
     """
-    files = read_adapter(Path(path))
-    config, own, factors = files.config, files.own, files.factors
+    adapter = Adapter.read(Path(path))
+    factors, state = adapter.factors, adapter.state
     rows = []
     # Kept for each sharing group, whose layers are apart in the file: vectors are small, eigenproblems are not.
     eigenvalues: dict[str, Tensor] = {}
     for name, (lora_A, lora_B) in tqdm(factors.items(), "updates", unit="layer", disable=not progress):
-        factor_A, factor_B = lora_A.double(), files.scaling * lora_B.double()
+        factor_A, factor_B = lora_A.double(), adapter.scaling * lora_B.double()
         if covariances is None:
             rows.append(_measure(name, factor_A, factor_B))
             continue
@@ -138,15 +138,15 @@ def adapter_report(
             eigenvalues[key] = torch.linalg.eigvalsh(C)
         rows.append(_measure(name, factor_A, factor_B, C, eigenvalues[key]))
     summary = {
-        "base_model_name_or_path": config.get("base_model_name_or_path"),
-        "r": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "target_modules": config.get("target_modules"),
+        "base_model_name_or_path": adapter.base_model,
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "target_modules": adapter.target_modules,
         "layers": len(factors),
         "parameters": sum(a.numel() + b.numel() for a, b in factors.values()),
         "dtype": str(next(iter(factors.values()))[0].dtype).removeprefix("torch."),
-        "freeze_a": own.get("config", {}).get("freeze_a"),
-        "written_by": f"lora_null {own['version']}" if "version" in own else None,
+        "freeze_a": state.config.freeze_a if state else None,
+        "written_by": f"lora_null {state.version}" if state else None,
     }
     return summary, rows
 

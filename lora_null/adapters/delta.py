@@ -8,26 +8,8 @@ from torch import Tensor, nn
 from ..models.weights import gathered, materialized
 
 
-def padded(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return the factors ``(r, d)`` and ``(m, r)`` with rows and columns of zeros, which change nothing.
-
-    Readers such as vLLM know one rank for the whole adapter.
-    """
-    padding = r - lora_A.shape[0]
-    return nn.functional.pad(lora_A, (0, 0, 0, padding)), nn.functional.pad(lora_B, (0, padding))
-
-
 @torch.no_grad()
-def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
-    """Add ``factor * B A`` to the base weight in place: product and sum in fp32, one rounding at the end."""
-    with materialized(linear):
-        weight = linear.weight
-        product = lora_B.to(weight.device, torch.float32) @ lora_A.to(weight.device, torch.float32)
-        weight.copy_(weight.float().add_(product, alpha=factor))
-
-
-@torch.no_grad()
-def stack_delta(
+def stack(
     lora_A: Tensor,  # (r, d)
     lora_B: Tensor,  # (m, r)
     scaling: float,
@@ -50,3 +32,38 @@ def stack_delta(
         return lora_A.clone(), scaling * lora_B
     initial_A, initial_B = (gathered(factor).to(lora_A.device, torch.float32) for factor in initial)
     return torch.cat([lora_A, lora_A - initial_A]), scaling * torch.cat([lora_B - initial_B, initial_B], dim=1)
+
+
+def unstack(lora_A: Tensor, lora_B: Tensor, scaling: float, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take the form that :func:`stack` gives to factors with a start apart, padded or not.
+
+    Args:
+        lora_A: ``A' (k, d)``, ``k >= 2 r``.
+        lora_B: ``B' (m, k)``.
+        scaling: ``s``.
+        r: Rank of the factors.
+
+    Returns:
+        ``A (r, d)``, ``B - B0 (m, r)``, ``A0 (r, d)`` and ``B0 (m, r)``. ``B`` is left as its change, so that a
+        caller who knows ``B0`` better than a rounded file adds that.
+    """
+    change, initial_B = lora_B[:, :r] / scaling, lora_B[:, r : 2 * r] / scaling
+    return lora_A[:r], change, lora_A[:r] - lora_A[r : 2 * r], initial_B
+
+
+def pad(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return the factors ``(r, d)`` and ``(m, r)`` with rows and columns of zeros, which change nothing.
+
+    Readers such as vLLM know one rank for the whole adapter.
+    """
+    padding = r - lora_A.shape[0]
+    return nn.functional.pad(lora_A, (0, 0, 0, padding)), nn.functional.pad(lora_B, (0, padding))
+
+
+@torch.no_grad()
+def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
+    """Add ``factor * B A`` to the base weight in place: product and sum in fp32, one rounding at the end."""
+    with materialized(linear):
+        weight = linear.weight
+        product = lora_B.to(weight.device, torch.float32) @ lora_A.to(weight.device, torch.float32)
+        weight.copy_(weight.float().add_(product, alpha=factor))

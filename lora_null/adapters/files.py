@@ -1,50 +1,150 @@
-"""A PEFT adapter folder: written whole or not at all, read without trust."""
+"""A plain LoRA adapter as a value, and its folder in PEFT's format: written whole or not at all, read without trust."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.refusals import require_finite
+from ..models.refusals import DIVERGED, require_finite
 from ..system.files import read_json, replaced_folder, write_json
-from .delta import padded
+from .delta import pad
+from .names import PREFIX, SUFFIX_A, tensor_names
+from .plain import require_plain
+from .state import OWN_CONFIG, AdapterState, read_state
 
 WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-OWN_CONFIG = "lora_null.json"
 # Written by PEFT beside an adapter, and by people: kept when the adapter is replaced.
 README = "README.md"
 # What an adapter folder may hold and be replaced; anything else in it is the user's.
 _KNOWN = {WEIGHTS, PEFT_CONFIG, OWN_CONFIG, README}
-# Settings of PEFT under which an adapter is more than B A on some linear layers.
-_SPECIAL = (
-    "use_dora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-)
-# Ways to start in which PEFT itself changes the base weights.
-_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_PREFIX = "base_model.model."
-_SUFFIX = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A plain LoRA adapter for an untouched base: what every way to save makes, and what a folder holds.
+
+    Attributes:
+        factors: Module name to ``lora_A (r, d)`` and ``lora_B (m, r)``.
+        target_modules: Module names or their endings; PEFT also knows regular expressions.
+        base_model: Name of the model, for the reader's information.
+        task_type: PEFT's name for the kind of model.
+        state: How the adapter began; ``None`` if another program made it.
+        lora_alpha: Numerator of the scaling; ``None`` where the scaling is part of ``lora_B``.
+        use_rslora: Divide it by the square root of the rank instead of the rank.
+        lora_dropout: Dropout probability in training.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    target_modules: Sequence[str] | str | None
+    base_model: str | None
+    task_type: str | None
+    state: AdapterState | None
+    lora_alpha: float | None = None
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+
+    @property
+    def r(self) -> int:
+        """The largest rank, which is that of all layers on disk."""
+        return max(len(lora_A) for lora_A, _ in self.factors.values())
+
+    @property
+    def scaling(self) -> float:
+        """The factor of ``B A``."""
+        if self.lora_alpha is None:
+            return 1.0
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @classmethod
+    def read(cls, folder: Path) -> Adapter:
+        """Read a plain LoRA adapter, ours or another's.
+
+        Raises:
+            FileNotFoundError: ``folder`` is not an adapter folder.
+            ValueError: A file is damaged, foreign or of a newer format, the adapter is not plain LoRA, or the files
+                contradict each other.
+        """
+        if not (folder / PEFT_CONFIG).exists():
+            raise FileNotFoundError(
+                f"{folder / PEFT_CONFIG} does not exist: {folder} is not an adapter folder. Expected {PEFT_CONFIG} and "
+                f"{WEIGHTS}, as lora_null.save_adapter and PEFT's save_pretrained write them."
+            )
+        config = read_json(folder / PEFT_CONFIG)
+        state = read_state(folder)
+        require_plain(folder / PEFT_CONFIG, config)
+        factors = _read_factors(folder / WEIGHTS)
+        for name, (lora_A, _) in factors.items():
+            if len(lora_A) != config["r"]:
+                raise ValueError(
+                    f"{folder / PEFT_CONFIG} says r={config['r']}, but the factors of {name} have rank {len(lora_A)}. "
+                    "The files do not belong together; save or download the adapter again."
+                )
+        return cls(
+            factors,
+            config.get("target_modules"),
+            config.get("base_model_name_or_path"),
+            config.get("task_type"),
+            state,
+            config["lora_alpha"],
+            bool(config.get("use_rslora")),
+            config.get("lora_dropout", 0.0),
+        )
+
+    def write(self, folder: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> int:
+        """Write the folder whole or not at all, with one rank and ``lora_alpha == r``; return the rank.
+
+        Args:
+            folder: The adapter folder to make or to replace.
+            dtype: Of the tensors on disk; the default is fp32.
+            overwrite: Replace an existing adapter folder; its ``README.md`` is kept.
+
+        Raises:
+            ValueError: A factor holds NaN or Inf, in memory or in ``dtype``.
+            FileExistsError: ``folder`` exists and must not be replaced.
+        """
+        from peft import LoraConfig
+
+        dtype = dtype or torch.float32
+        tensors: dict[str, Tensor] = {}
+        for name, (lora_A, lora_B) in self.factors.items():
+            require_finite(f"The adapter of {name}", lora_A, lora_B, f", so it was not saved. {DIVERGED}")
+            scaled_B = lora_B if self.scaling == 1 else self.scaling * lora_B.float()
+            stored_A, stored_B = (factor.to("cpu", dtype).contiguous() for factor in pad(lora_A, scaled_B, self.r))
+            advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
+            require_finite(f"The adapter of {name}", stored_A, stored_B, advice)
+            tensors.update(zip(tensor_names(name), (stored_A, stored_B), strict=True))
+        # A regular expression is kept out: not every reader knows that PEFT allows one.
+        targets = self.factors if isinstance(self.target_modules, str | None) else self.target_modules
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=self.r,
+            target_modules=sorted(targets),
+            lora_dropout=0.0,
+            bias="none",
+            init_lora_weights=True,
+            task_type=self.task_type,
+            base_model_name_or_path=self.base_model,
+            inference_mode=True,
+        ).to_dict()
+        # PEFT keeps target_modules as a set.
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        with replaced_folder(folder, partial(check_target, folder, overwrite)) as work:
+            if (folder / README).exists():
+                shutil.copy2(folder / README, work / README)
+            save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
+            if self.state is not None:
+                self.state.write(work)
+            write_json(work / PEFT_CONFIG, config)
+        return self.r
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -63,12 +163,7 @@ def check_target(path: Path, overwrite: bool) -> None:
         )
 
 
-def tensor_names(module_name: str) -> tuple[str, str]:
-    """Return PEFT's names on disk of ``lora_A`` and ``lora_B``."""
-    return _PREFIX + module_name + _SUFFIX["A"], _PREFIX + module_name + _SUFFIX["B"]
-
-
-def read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Read ``{module name: (lora_A, lora_B)}`` from an adapter's safetensors file; nothing is ever unpickled."""
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -80,14 +175,14 @@ def read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
             f"{path} is not a readable safetensors file ({error}). It is damaged, or of another kind; pickled "
             "checkpoints (.bin, .pt) are never loaded. Save or download the adapter again."
         ) from None
-    names = [key[len(_PREFIX) : -len(_SUFFIX["A"])] for key in tensors if key.endswith(_SUFFIX["A"])]
+    names = [key[len(PREFIX) : -len(SUFFIX_A)] for key in tensors if key.endswith(SUFFIX_A)]
     expected = {name: tensor_names(name) for name in names}
     known = {key for pair in expected.values() for key in pair}
     strange = sorted(set(tensors) ^ known)
     if strange or not names:
         raise ValueError(
             f"{path} holds {len(tensors)} tensors, among them or missing {strange[:3]}; expected pairs named "
-            f"{_PREFIX}<module>{_SUFFIX['A']} and {_SUFFIX['B']}. It is not a plain LoRA adapter."
+            f"{' and '.join(tensor_names('<module>'))}. It is not a plain LoRA adapter."
         )
     factors = {name: (tensors[key_A], tensors[key_B]) for name, (key_A, key_B) in expected.items()}
     for name, (lora_A, lora_B) in factors.items():
@@ -98,130 +193,3 @@ def read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
             )
         require_finite(f"{path}: the adapter of {name}", lora_A, lora_B, ". The training run that wrote it diverged.")
     return factors
-
-
-def plain_scaling(folder: Path, config: Mapping) -> float:
-    """Return the factor of ``B A`` that an adapter's configuration states; ValueError for anything but plain LoRA."""
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("peft_type") != "LORA" or not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
-        raise ValueError(
-            f"{folder / PEFT_CONFIG} describes a {config.get('peft_type')!r} adapter with r={r!r}, "
-            f"lora_alpha={alpha!r}; expected a LoRA adapter. Load it with PEFT."
-        )
-    special = [key for key in _SPECIAL if config.get(key)]
-    if special or config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
-        raise ValueError(
-            f"{folder / PEFT_CONFIG} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA with one "
-            "rank and without biases. Load it with PEFT."
-        )
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_SHIFTING):
-        raise ValueError(
-            f"{folder / PEFT_CONFIG} has init_lora_weights={start!r}: the adapter belongs to a base that PEFT shifted "
-            "when training began; expected one for the pre-trained base. Convert it with PEFT: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-        )
-    return alpha / r**0.5 if config.get("use_rslora") else alpha / r
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """What an adapter folder holds.
-
-    Attributes:
-        config: PEFT's configuration.
-        own: The contents of ``lora_null.json``; empty for an adapter of others.
-        scaling: The factor of ``B A``.
-        factors: Module name to ``lora_A (r, d)`` and ``lora_B (m, r)``.
-    """
-
-    config: dict[str, Any]
-    own: dict[str, Any]
-    scaling: float
-    factors: dict[str, tuple[Tensor, Tensor]]
-
-
-def read_adapter(folder: Path) -> AdapterFiles:
-    """Read a plain LoRA adapter, ours or another's.
-
-    Raises:
-        FileNotFoundError: ``folder`` is not an adapter folder.
-        ValueError: A file is damaged or foreign, the adapter is not plain LoRA, or the files contradict each other.
-    """
-    if not (folder / PEFT_CONFIG).exists():
-        raise FileNotFoundError(
-            f"{folder / PEFT_CONFIG} does not exist: {folder} is not an adapter folder. Expected {PEFT_CONFIG} and "
-            f"{WEIGHTS}, as lora_null.save_adapter and PEFT's save_pretrained write them."
-        )
-    config = read_json(folder / PEFT_CONFIG)
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else {}
-    scaling = plain_scaling(folder, config)
-    factors = read_factors(folder / WEIGHTS)
-    for name, (lora_A, _) in factors.items():
-        if len(lora_A) != config["r"]:
-            raise ValueError(
-                f"{folder / PEFT_CONFIG} says r={config['r']}, but the factors of {name} have rank {len(lora_A)}. The "
-                "files do not belong together; save or download the adapter again."
-            )
-    return AdapterFiles(config, own, scaling, factors)
-
-
-_DIVERGED = "The training run diverged; lower the learning rate and start again from an earlier checkpoint."
-
-
-def write_adapter(
-    path: Path,
-    factors: Mapping[str, tuple[Tensor, Tensor]],  # A (r, d), B (m, r), scaling folded in
-    *,
-    target_modules: Iterable[str],
-    base_model_name_or_path: str | None,
-    task_type: str | None,
-    own: dict,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write factors and both configurations to the folder ``path``, atomically."""
-    from peft import LoraConfig
-
-    ranks = {lora_A.shape[0] for lora_A, _ in factors.values()}
-    r = max(ranks)
-    tensors = {}
-    for name, (lora_A, lora_B) in factors.items():
-        require_finite(f"The adapter of {name}", lora_A, lora_B, f", so it was not saved. {_DIVERGED}")
-        for key, tensor in zip(tensor_names(name), padded(lora_A, lora_B, r), strict=True):
-            tensors[key] = tensor.to("cpu", dtype or torch.float32).contiguous()
-        stored_A, stored_B = (tensors[key] for key in tensor_names(name))
-        advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
-        require_finite(f"The adapter of {name}", stored_A, stored_B, advice)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=sorted(target_modules),
-        lora_dropout=0.0,
-        bias="none",
-        init_lora_weights=True,
-        task_type=task_type,
-        base_model_name_or_path=base_model_name_or_path,
-        inference_mode=True,
-    ).to_dict()
-    # PEFT keeps target_modules as a set.
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    with replaced_folder(path, partial(check_target, path, overwrite)) as work:
-        if (path / README).exists():
-            shutil.copy2(path / README, work / README)
-        save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
-        write_json(work / OWN_CONFIG, own)
-        write_json(work / PEFT_CONFIG, config)
-
-
-def short_names(names: Iterable[str], chosen: Iterable[str]) -> list[str]:
-    """Return last name components where they select exactly ``chosen`` among ``names``, else whole names."""
-    chosen = set(chosen)
-    endings = {name.rsplit(".", 1)[-1] for name in chosen}
-    selected = {name for name in names if name.rsplit(".", 1)[-1] in endings}
-    return sorted(endings if selected == chosen else chosen)
-
-
-def published_name(name: str | None) -> str | None:
-    """Return a model's name without the leading folders of an absolute path, which tell others about this machine."""
-    return Path(name).name if name and os.path.isabs(name) else name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.quantised import allow_gradients, is_dense
-from .delta import stack_delta
+from .delta import stack
 from .projection import ProjectionGroup
 
 
@@ -102,11 +102,11 @@ class LoraNullLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
-        """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see :func:`stack_delta`."""
+        """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see ``delta.stack``."""
         initial = None
         if self.initial_A is not None and self.initial_B is not None:
             initial = self.initial_A.weight, self.initial_B.weight
-        return stack_delta(self.lora_A.weight, self.lora_B.weight, self.scaling, initial)
+        return stack(self.lora_A.weight, self.lora_B.weight, self.scaling, initial)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the class that was adapted: the adapted class is made on demand."""
@@ -232,7 +232,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.adapter_enabled = enabled
 
 
-def _require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
+def require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
+    """Return the adapted layers by module name; ValueError where there are none."""
     layers = adapter_layers(model)
     if not layers:
         raise ValueError(

@@ -15,11 +15,11 @@ from ..models.identity import fingerprint
 from ..models.refusals import refuse_sharded, require_writable
 from ..models.weights import home_of, shared_weights
 from ..models.wrappers import uncompiled
-from .delta import shift_base
-from .files import OWN_CONFIG, AdapterFiles, read_adapter
+from .delta import shift_base, unstack
+from .files import Adapter
 from .layer import adapter_layers, attach_adapter, require_adaptable
 from .sharing import share_projections
-from .state import AdapterState, set_state
+from .state import OWN_CONFIG, AdapterState, set_state
 
 
 # Tensors made in inference mode could never be trained.
@@ -50,21 +50,21 @@ def load_adapter(
         ValueError: A file is damaged or foreign, or the adapter belongs to another model.
     """
     wrapper, base_model, folder = base_model, uncompiled(base_model), Path(path)
-    files = read_adapter(folder)
-    factors, own = files.factors, files.own
+    adapter = Adapter.read(folder)
+    factors, state = adapter.factors, adapter.state
     linears = _matching_linears(base_model, factors, folder)
     refuse_sharded(linears, "load_adapter")
     require_adaptable(linears)
     base = fingerprint(linears)
-    if verify_base and base and own.get("base_fingerprint") and base != own["base_fingerprint"]:
+    if verify_base and base and state and state.base_fingerprint and base != state.base_fingerprint:
         raise ValueError(
             f"{folder} was trained on other weights than those of this {type(base_model).__name__}: the shapes agree, "
             "the values do not. Load the base model that the adapter was trained on "
-            f"({files.config.get('base_model_name_or_path')!r}), unmerged and without other adapters, or pass "
+            f"({adapter.base_model!r}), unmerged and without other adapters, or pass "
             "verify_base=False if the difference is intended: a base that was rounded to float16, say."
         )
-    config = _config_of(folder, files)
-    shifted = bool(own.get("stacked")) and is_trainable
+    config = state.config if state else _config_of(adapter)
+    shifted = state is not None and state.stacked and is_trainable
     if shifted:
         shared = shared_weights(base_model)
         for name, linear in linears.items():
@@ -76,8 +76,8 @@ def load_adapter(
                 )
     else:
         # On disk the scaling is part of B. Training goes on with that of the run, so that a step of B means the same.
-        r = files.config["r"]
-        scaling = config.scaling if is_trainable else files.scaling
+        r = adapter.r
+        scaling = config.scaling if is_trainable else adapter.scaling
         config = replace(config, r=r, lora_alpha=scaling * r)
     base_model.requires_grad_(False)
     for name, linear in linears.items():
@@ -89,28 +89,25 @@ def load_adapter(
         attach_adapter(
             linear,
             lora_A.to(adapter_dtype),
-            (lora_B * (files.scaling / config.scaling)).to(adapter_dtype),
+            (lora_B * (adapter.scaling / config.scaling)).to(adapter_dtype),
             scaling=config.scaling,
             train_a=is_trainable and not config.freeze_a,
             lora_dropout=config.lora_dropout,
         )
         linear.lora_B.requires_grad_(is_trainable)
     share_projections(base_model)
-    set_state(base_model, AdapterState(config, base, own.get("energies", {})))
+    set_state(base_model, AdapterState(config, base, state.energies if state else {}))
     return wrapper
 
 
 def _resume_shifted(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> None:
-    """Undo the stacking of ``low_rank_delta``: ``[A ; A - A0]`` and ``s [B - B0 | B0]``."""
     r = lora_A.shape[0] // 2
-    trained_A, initial_A = lora_A[:r].clone(), lora_A[:r] - lora_A[r:]
-    initial_B = lora_B[:, r:] / config.scaling
-    trained_B = lora_B[:, :r] / config.scaling + initial_B
+    trained_A, change_B, initial_A, initial_B = unstack(lora_A, lora_B, config.scaling, r)
     shift_base(linear, initial_A, initial_B, -config.scaling)
     attach_adapter(
         linear,
-        trained_A,
-        trained_B,
+        trained_A.clone(),
+        change_B + initial_B,
         scaling=config.scaling,
         train_a=True,
         lora_dropout=config.lora_dropout,
@@ -118,19 +115,10 @@ def _resume_shifted(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: L
     )
 
 
-def _config_of(folder: Path, files: AdapterFiles) -> LoraNullConfig:
-    """Return the configuration that training goes on with."""
-    if files.own.get("config"):
-        try:
-            return LoraNullConfig.from_dict(files.own["config"])
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{folder / OWN_CONFIG} is damaged ({error}); save the adapter again, or delete that file to load the "
-                "adapter as one of another program."
-            ) from None
-    r = files.config["r"]
-    dropout = files.config.get("lora_dropout", 0.0)
-    return LoraNullConfig(r=r, lora_alpha=files.scaling * r, freeze_a=False, lora_dropout=dropout)
+def _config_of(adapter: Adapter) -> LoraNullConfig:
+    """Return the configuration with which the training of another program's adapter goes on."""
+    alpha = adapter.scaling * adapter.r
+    return LoraNullConfig(r=adapter.r, lora_alpha=alpha, freeze_a=False, lora_dropout=adapter.lora_dropout)
 
 
 def _matching_linears(

@@ -12,14 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from ..models.refusals import require_finite, require_writable
+from ..models.refusals import DIVERGED, require_finite, require_writable
 from ..models.weights import shared_weights
 from ..models.wrappers import unwrapped
 from ..system.files import replaced_folder
+from .checkpoint import INDEX
 from .delta import shift_base
-from .export import _INDEX
-from .files import _DIVERGED
-from .layer import _require_layers, detach_adapter
+from .layer import detach_adapter, require_layers
 from .state import set_state
 
 
@@ -32,12 +31,12 @@ def merge(model: nn.Module) -> nn.Module:
         The same model, with nothing of this package left on it.
     """
     wrapper, model = model, unwrapped(model)
-    layers = _require_layers(model)
+    layers = require_layers(model)
     shared = shared_weights(model)
     for name, layer in layers.items():
         require_writable(name, layer, "Merging", shared)
         factors = layer.lora_A.weight, layer.lora_B.weight
-        require_finite(f"The adapter of {name}", *factors, f", so nothing was merged. {_DIVERGED}")
+        require_finite(f"The adapter of {name}", *factors, f", so nothing was merged. {DIVERGED}")
     for layer in layers.values():
         # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
         shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
@@ -52,7 +51,7 @@ _MERGED_FILES = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
-    _INDEX,
+    INDEX,
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",

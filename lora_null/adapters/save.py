@@ -1,8 +1,9 @@
-"""Save, load and merge adapters. On disk they are plain PEFT LoRA adapters on the untouched base model."""
+"""Save a patched model's adapters. On disk they are plain PEFT LoRA adapters on the untouched base model."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +15,9 @@ from ..models.weights import is_distributed
 from ..models.wrappers import plain_name, unwrapped
 from ..system.distributed import in_first_process
 from ..system.log import logger
-from .files import (
-    published_name,
-    short_names,
-    write_adapter,
-)
-from .layer import _require_layers
+from .files import Adapter
+from .layer import require_layers
+from .names import published_name, short_names
 from .state import AdapterState, get_state
 
 
@@ -56,9 +54,15 @@ def save_adapter(
         FileExistsError: ``path`` exists and must not be replaced.
     """
     model = unwrapped(model)
-    layers = _require_layers(model)
+    adapter = of_model(model, base_model_name_or_path)
+    save_from(model, adapter, path, dtype=dtype, overwrite=overwrite)
+
+
+def of_model(model: nn.Module, base_model_name_or_path: str | None = None) -> Adapter:
+    """Return the adapter that a patched model, unwrapped, carries, for the untouched base; sharded factors gathered."""
+    layers = require_layers(model)
     factors = {plain_name(name): layer.low_rank_delta() for name, layer in layers.items()}
-    some = next(iter(layers.values()))
+    first = next(iter(layers.values()))
     adapted = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
     if others:
@@ -68,28 +72,31 @@ def save_adapter(
             len(others),
             others[0],
         )
-    state = get_state(model) or AdapterState(LoraNullConfig(r=some.r, lora_alpha=some.scaling * some.r))
+    state = get_state(model) or AdapterState(LoraNullConfig(r=first.r, lora_alpha=first.scaling * first.r))
     # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
     names = [plain_name(name) for name, _ in model.named_modules()]
-    write = partial(
-        write_adapter,
-        Path(path),
+    own_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return Adapter(
         factors,
-        target_modules=short_names(names, factors),
-        base_model_name_or_path=base_model_name_or_path or published_name(_base_name(model)),
-        task_type=_task_type(model),
-        own=state.to_dict(stacked=some.shifted),
-        dtype=dtype,
-        overwrite=overwrite,
+        short_names(names, factors),
+        base_model_name_or_path or published_name(own_name),
+        _task_type(model),
+        replace(state, stacked=first.shifted),
     )
-    in_first_process(write) if is_distributed(model) else write()
+
+
+def save_from(
+    model: nn.Module, adapter: Adapter, path: str | os.PathLike, *, dtype: torch.dtype | None, overwrite: bool
+) -> None:
+    """Write the adapter of ``model``; where processes hold it together, the first of them does, and all wait."""
+    write = partial(adapter.write, Path(path), dtype=dtype, overwrite=overwrite)
+    if is_distributed(model):
+        in_first_process(write)
+    else:
+        write()
 
 
 def _task_type(model: nn.Module) -> str | None:
     """Return PEFT's name for the kind of model; without one, PEFT takes any and adds nothing to it."""
     decoder = hasattr(model, "prepare_inputs_for_generation") and not getattr(model.config, "is_encoder_decoder", False)
     return "CAUSAL_LM" if decoder else None
-
-
-def _base_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

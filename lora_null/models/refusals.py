@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .quantised import is_dense
 from .weights import gathered
 
+DIVERGED = "The training run diverged; lower the learning rate and start again from an earlier checkpoint."
+
 
 def refuse_sharded(linears: Mapping[str, nn.Linear], wish: str) -> None:
     """Refuse layers of which this process holds a part only, where ``wish`` makes parameters out of plain tensors."""

@@ -9,6 +9,8 @@ from torch import nn
 
 # Modules that FSDP1, torch.compile and activation checkpointing put into a model, and its names with them.
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+# The attribute by which an adapted model is known: what it remembers of its adapters (adapters/state.py).
+STATE = "lora_null_state"
 
 
 def unwrapped(model: Any) -> Any:
@@ -27,7 +29,7 @@ def unwrapped(model: Any) -> Any:
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
     # Names of modules go into adapters, so that a wrapper must not add to them.
-    holders = [module for module in model.modules() if "lora_null_state" in module.__dict__]
+    holders = [module for module in model.modules() if STATE in module.__dict__]
     return holders[0] if len(holders) == 1 else model
 
 

@@ -7,7 +7,8 @@ The usual order is ``get_peft_model``, :func:`initialize_lora_null_weights`, :fu
 from .fused import FusedKernels, FusedLoraLinear, use_fused_kernels
 from .initialize import initialize_lora_null_weights
 from .layers import freeze_lora_A, lora_layers
-from .save import load_trainable, save_adapter
+from .load import load_trainable
+from .save import save_adapter
 
 __all__ = [
     "FusedKernels",

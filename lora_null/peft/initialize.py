@@ -23,7 +23,7 @@ from ..solver.factorize import factors_of
 from ..solver.null_space import NullSpace
 from ..system.distributed import announcing_failure
 from ..system.log import warn_once
-from .layers import _freeze, _lora_config, _remember, lora_layers
+from .layers import freeze, lora_layers, remember
 from .record import INITIAL
 
 
@@ -95,9 +95,9 @@ def initialize_lora_null_weights(
             "now see the shifted base. save_pretrained and lora_null.peft.save_adapter write this adapter for the "
             "untouched base.",
         )
-    peft_config = _lora_config(peft_model, adapter_name)
+    peft_config: Any = peft_model.peft_config[adapter_name]
     config = LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=freeze_a, seed=seed)
-    _remember(peft_model, adapter_name, AdapterState(config, base, energies))
+    remember(peft_model, adapter_name, AdapterState(config, base, energies))
     return peft_model
 
 
@@ -139,7 +139,7 @@ def _initialize_layer(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_
     layer.lora_A[adapter_name].weight.copy_(initial_A)
     if freeze_a:
         layer.lora_B[adapter_name].weight.zero_()
-        _freeze(layer, adapter_name)
+        freeze(layer, adapter_name)
         return
     layer.lora_B[adapter_name].weight.copy_(initial_B)
     # The values as stored: a bf16 adapter rounds, and the shift must undo exactly what it adds.

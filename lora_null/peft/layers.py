@@ -20,7 +20,7 @@ def freeze_lora_A(peft_model: PeftModel, adapter_name: str = "default") -> int:
     """
     layers = lora_layers(peft_model, adapter_name)
     for layer in layers.values():
-        _freeze(layer, adapter_name)
+        freeze(layer, adapter_name)
     return len(layers)
 
 
@@ -40,22 +40,20 @@ def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[st
     return layers
 
 
-def _remember(peft_model: PeftModel, adapter_name: str, state: AdapterState) -> None:
+def remember(peft_model: PeftModel, adapter_name: str, state: AdapterState) -> None:
+    """Keep ``state`` on the model, and where PEFT's ``save_pretrained`` finds it."""
     set_state(peft_model, state)
     record_adapter(peft_model, adapter_name, state, lora_layers(peft_model, adapter_name))
 
 
-def _lora_config(peft_model: PeftModel, adapter_name: str) -> Any:
-    return peft_model.peft_config[adapter_name]
-
-
-def _base_names(peft_model: PeftModel) -> set[str]:
+def base_names(peft_model: PeftModel) -> set[str]:
     """Return the names that modules have in the base model without its adapters."""
     names = {plain_name(name) for name, _ in peft_model.get_base_model().named_modules()}
     return {name for name in names if not any(part in name.split(".") for part in ("lora_A", "lora_B", "base_layer"))}
 
 
-def _freeze(layer: Any, adapter_name: str) -> None:
+def freeze(layer: Any, adapter_name: str) -> None:
+    """Freeze ``lora_A`` of one layer."""
     # set_adapter() and the end of disable_adapter() undo requires_grad_(False) alone; names listed here stay frozen.
     frozen = dict(layer.frozen_peft_weight_names)
     frozen[adapter_name] = tuple(dict.fromkeys((*frozen.get(adapter_name, ()), "lora_A")))

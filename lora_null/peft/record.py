@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..adapters.delta import padded, stack_delta
-from ..adapters.files import OWN_CONFIG, WEIGHTS, tensor_names
+from ..adapters.delta import pad, stack, unstack
+from ..adapters.files import WEIGHTS
+from ..adapters.names import tensor_names
 from ..adapters.state import AdapterState
-from ..system.files import replacing, write_json
+from ..system.files import replacing
 
 # Where a layer keeps (A0, B0) of a shifted base, by adapter name.
 INITIAL = "_lora_null_initial"
@@ -63,7 +64,7 @@ class RecordedLoraConfig(LoraConfig):
                 config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
         super(RecordedLoraConfig, config).save_pretrained(save_directory, **kwargs)
         if record is not None:
-            write_json(folder / OWN_CONFIG, record.state.to_dict(stacked=bool(record.initial)))
+            replace(record.state, stacked=bool(record.initial)).write(folder)
 
 
 def record_adapter(peft_model: Any, adapter_name: str, state: AdapterState, layers: dict[str, Any]) -> None:
@@ -79,7 +80,7 @@ def record_adapter(peft_model: Any, adapter_name: str, state: AdapterState, laye
     for name, layer in layers.items():
         if adapter_name in getattr(layer, INITIAL, {}):
             initial[name] = (*getattr(layer, INITIAL)[adapter_name], layer.scaling[adapter_name])
-            layer.register_load_state_dict_pre_hook(_unstack)
+            layer.register_load_state_dict_pre_hook(_take_apart)
     config = peft_model.peft_config[adapter_name]
     if type(config) is LoraConfig:
         config.__class__ = RecordedLoraConfig
@@ -99,7 +100,7 @@ def _stack(path: Path, record: Record) -> int:
                 "PEFT's conversion (path_initial_model_for_weight_conversion) is not needed here: save_pretrained "
                 "writes an adapter for the untouched base by itself."
             )
-        stacked_A, stacked_B = padded(*stack_delta(lora_A, lora_B, scaling, (initial_A, initial_B)), r)
+        stacked_A, stacked_B = pad(*stack(lora_A, lora_B, scaling, (initial_A, initial_B)), r)
         tensors[key_A], tensors[key_B] = stacked_A.to(lora_A.dtype), stacked_B.to(lora_B.dtype)
     # load_file may have mapped the old file, which therefore must stay until its name is taken over.
     with replacing(path) as new:
@@ -108,7 +109,7 @@ def _stack(path: Path, record: Record) -> int:
 
 
 @torch.no_grad()
-def _unstack(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Take the rank-``2 r`` form apart again when a checkpoint is loaded into the layer that it came from."""
     initial_A, initial_B = next(iter(getattr(layer, INITIAL).values()))
     for name in layer.lora_A:
@@ -117,9 +118,8 @@ def _unstack(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> No
         if key_A not in state_dict or key_B not in state_dict or len(state_dict[key_A]) < 2 * r:
             continue  # a plain state dict of the model
         tolerance = _TOLERANCE if state_dict[key_A].dtype.itemsize >= 4 else _TOLERANCE_HALF
-        lora_A, lora_B = state_dict[key_A].float(), state_dict[key_B].float() / scaling
+        lora_A, change_B, *found = unstack(state_dict[key_A].float(), state_dict[key_B].float(), scaling, r)
         initial_A, initial_B = (factor.to(lora_A.device, torch.float32) for factor in (initial_A, initial_B))
-        found = lora_A[:r] - lora_A[r : 2 * r], lora_B[:, r : 2 * r]
         for got, own in zip(found, (initial_A, initial_B), strict=True):
             if got.shape != own.shape or (got - own).norm() > tolerance * own.norm():
                 raise ValueError(
@@ -128,4 +128,5 @@ def _unstack(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> No
                     "that run (Covariances.save keeps them); to go on from the checkpoint alone, use "
                     "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
                 )
-        state_dict[key_A], state_dict[key_B] = lora_A[:r], lora_B[:, :r] + initial_B
+        # The layer's own B0, which its base was shifted by: that of the file may be rounded.
+        state_dict[key_A], state_dict[key_B] = lora_A, change_B + initial_B

@@ -10,8 +10,9 @@ from adapter_tools import R, ids, trained
 from safetensors.torch import load_file, save_file
 
 import lora_null
-from lora_null.adapters import export_adapter, files
+from lora_null.adapters import export_adapter
 from lora_null.adapters.layer import adapter_layers
+from lora_null.adapters.names import tensor_names
 
 # vLLM's documented choices for max_lora_rank.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -83,8 +84,8 @@ def test_rank_2r_export_survives_bf16(llama, token_batches, tmp_path):
     truth = layer.lora_B.weight.double() @ layer.lora_A.weight.double() - initial_B @ initial_A
     lora_null.save_adapter(model, tmp_path / "adapter", dtype=torch.bfloat16)
     tensors = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
-    lora_A, lora_B = (tensors[key].double() for key in files.tensor_names(name))
-    assert tensors[files.tensor_names(name)[0]].dtype == torch.bfloat16
+    lora_A, lora_B = (tensors[key].double() for key in tensor_names(name))
+    assert tensors[tensor_names(name)[0]].dtype == torch.bfloat16
     assert (lora_B @ lora_A - truth).norm() <= 5e-3 * truth.norm()
     naive_A = torch.cat([layer.lora_A.weight, layer.initial_A.weight]).bfloat16().double()
     naive_B = torch.cat([layer.lora_B.weight, -layer.initial_B.weight], dim=1).bfloat16().double()

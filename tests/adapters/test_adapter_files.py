@@ -9,6 +9,7 @@ from adapter_tools import R, trained
 from safetensors.torch import save_file
 
 import lora_null
+from lora_null.adapters import export_adapter
 from lora_null.adapters.layer import adapter_layers
 
 
@@ -197,3 +198,64 @@ class TestForeignFiles:
         own = json.loads((saved / "lora_null.json").read_text())
         (saved / "lora_null.json").write_text(json.dumps({**own, "config": config}))
         self.refused(llama(), saved, r"lora_null\.json is damaged")
+
+    def test_entries_of_other_types(self, llama, saved):
+        own = json.loads((saved / "lora_null.json").read_text())
+        for change in ({"energies": [1]}, {"stacked": "yes"}, {"base_fingerprint": 7}, {"format": 0}, {"format": True}):
+            (saved / "lora_null.json").write_text(json.dumps({**own, **change}))
+            self.refused(llama(), saved, rf"lora_null\.json is damaged .*{next(iter(change))}")
+        (saved / "lora_null.json").write_text(json.dumps({"format": 1}))
+        self.refused(llama(), saved, r"lora_null\.json is damaged .*entries \['format'\]")
+
+
+class TestNewerFormats:
+    """What a later version writes may mean something else, so that nobody reads it as of today."""
+
+    MATCH = r"has format 2, of lora_null 9\.0;.* Install a newer lora_null"
+
+    @pytest.fixture
+    def newer(self, llama, token_batches, tmp_path):
+        lora_null.save_adapter(trained(llama, token_batches), tmp_path / "adapter")
+        self.change(tmp_path / "adapter" / "lora_null.json")
+        return tmp_path / "adapter"
+
+    def change(self, file, key=None):
+        values = json.loads(file.read_text())
+        (values[key] if key else values).update(format=2, version="9.0")
+        file.write_text(json.dumps(values))
+
+    @pytest.mark.parametrize("read", ["load_adapter", "load_trainable", "adapter_report", "export_adapter"])
+    def test_every_reader_refuses_an_adapter(self, llama, newer, tmp_path, read):
+        from lora_null.report import adapter_report
+
+        model = llama()
+        names = list(model.state_dict())
+        readers = {
+            "load_adapter": lambda: lora_null.load_adapter(model, newer),
+            "load_trainable": lambda: lora_null.peft.load_trainable(model, newer),
+            "adapter_report": lambda: adapter_report(newer, progress=False),
+            "export_adapter": lambda: export_adapter(newer, tmp_path / "exported"),
+        }
+        with pytest.raises(ValueError, match=self.MATCH):
+            readers[read]()
+        assert list(model.state_dict()) == names and not (tmp_path / "exported").exists()
+
+    def test_a_checkpoint_is_not_exported(self, llama, token_batches, tmp_path):
+        trained(llama, token_batches).save_pretrained(tmp_path / "checkpoint")
+        self.change(tmp_path / "checkpoint" / "config.json", "lora_null")
+        with pytest.raises(ValueError, match=rf"config\.json: the entry 'lora_null' {self.MATCH}"):
+            export_adapter(tmp_path / "checkpoint", tmp_path / "exported")
+        assert not (tmp_path / "exported").exists()
+
+
+def test_folders_of_before_are_read(llama, token_batches, tmp_path):
+    """Without a format, and with the empty file that was written beside the adapters of other programs."""
+    lora_null.save_adapter(trained(llama, token_batches), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "lora_null.json"
+    own = json.loads(file.read_text())
+    for kept, is_frozen in (({"config": own["config"]}, True), ({}, False)):
+        file.write_text(json.dumps(kept))
+        assert lora_null.load_adapter(llama(), tmp_path / "adapter").lora_null_state.config.freeze_a == is_frozen
+        resumed = lora_null.peft.load_trainable(llama(), tmp_path / "adapter")
+        assert is_frozen != any(p.requires_grad for name, p in resumed.named_parameters() if "lora_A" in name)
+        assert export_adapter(tmp_path / "adapter", tmp_path / f"exported{is_frozen}") == R

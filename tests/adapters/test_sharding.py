@@ -8,7 +8,7 @@ import torch
 from processes import run_two
 
 from lora_null.adapters import export_adapter
-from lora_null.adapters.files import read_factors
+from lora_null.adapters.files import Adapter
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def results(tmp_path_factory):
 
 
 def factors(folder):
-    return read_factors(folder / "adapter_model.safetensors")
+    return Adapter.read(folder).factors
 
 
 def assert_same_factors(got, want, tolerance=0.0):

@@ -125,12 +125,12 @@ def test_its_checkpoint_exports_to_what_the_model_saves(folder, tmp_path, freeze
     import peft
 
     from lora_null.adapters import export_adapter
-    from lora_null.adapters.files import read_factors
+    from lora_null.adapters.files import Adapter
 
     rank = export_adapter(folder / str(freeze_a) / "uninterrupted", tmp_path / "exported")
     assert rank == (4 if freeze_a else 8)
-    want = read_factors(folder / f"{freeze_a}.adapter" / "adapter_model.safetensors")
-    got = read_factors(tmp_path / "exported" / "adapter_model.safetensors")
+    want = Adapter.read(folder / f"{freeze_a}.adapter").factors
+    got = Adapter.read(tmp_path / "exported").factors
     assert set(got) == set(want)
     for name, pair in want.items():
         assert all(torch.equal(a, b) for a, b in zip(got[name], pair, strict=True)), name

@@ -1,0 +1,28 @@
+"""How modules, tensors and models are called in an adapter folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+# What PEFT puts before and behind a module's name.
+PREFIX, SUFFIX_A = "base_model.model.", ".lora_A.weight"
+
+
+def tensor_names(module_name: str) -> tuple[str, str]:
+    """Return PEFT's names on disk of ``lora_A`` and ``lora_B``."""
+    return PREFIX + module_name + SUFFIX_A, PREFIX + module_name + ".lora_B.weight"
+
+
+def short_names(names: Iterable[str], chosen: Iterable[str]) -> list[str]:
+    """Return last name components where they select exactly ``chosen`` among ``names``, else whole names."""
+    chosen = set(chosen)
+    endings = {name.rsplit(".", 1)[-1] for name in chosen}
+    selected = {name for name in names if name.rsplit(".", 1)[-1] in endings}
+    return sorted(endings if selected == chosen else chosen)
+
+
+def published_name(name: str | None) -> str | None:
+    """Return a model's name without the leading folders of an absolute path, which tell others about this machine."""
+    return Path(name).name if name and os.path.isabs(name) else name

@@ -1,0 +1,48 @@
+"""Which of PEFT's configurations describe a plain LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Settings of PEFT under which an adapter is more than B A on some linear layers.
+_SPECIAL = (
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+)
+# Ways to start in which PEFT itself changes the base weights.
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def require_plain(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration, read from ``path``, under which an adapter is not ``B A`` on the pre-trained weights."""
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("peft_type") != "LORA" or not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"{path} describes a {config.get('peft_type')!r} adapter with r={r!r}, "
+            f"lora_alpha={alpha!r}; expected a LoRA adapter. Load it with PEFT."
+        )
+    special = [key for key in _SPECIAL if config.get(key)]
+    if special or config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
+        raise ValueError(
+            f"{path} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA with one "
+            "rank and without biases. Load it with PEFT."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_SHIFTING):
+        raise ValueError(
+            f"{path} has init_lora_weights={start!r}: the adapter belongs to a base that PEFT shifted "
+            "when training began; expected one for the pre-trained base. Convert it with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
