@@ -14,6 +14,7 @@ _HOME = {
     "Covariances": "covariances",
     "LoraNullConfig": "config",
     "LoraNullLinear": "adapters",
+    "NullBasis": "solver",
     "NullSpace": "solver",
     "calibrate": "calibration",
     "factorize": "solver",
@@ -21,6 +22,7 @@ _HOME = {
     "load_adapter": "adapters",
     "memory_plan": "calibration",
     "merge": "adapters",
+    "null_basis": "solver",
     "null_space": "solver",
     "null_spaces": "solver",
     "save_adapter": "adapters",
@@ -31,6 +33,7 @@ __all__ = [
     "Covariances",
     "LoraNullConfig",
     "LoraNullLinear",
+    "NullBasis",
     "NullSpace",
     "__version__",
     "calibrate",
@@ -39,6 +42,7 @@ __all__ = [
     "load_adapter",
     "memory_plan",
     "merge",
+    "null_basis",
     "null_space",
     "null_spaces",
     "ops",
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from .config import LoraNullConfig
     from .covariances import Covariances
     from .solver.factorize import factorize
+    from .solver.null_basis import NullBasis, null_basis
     from .solver.null_space import NullSpace, null_space
     from .solver.null_spaces import null_spaces
 

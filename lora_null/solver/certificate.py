@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,3 +51,31 @@ def certificate(C: Tensor, basis: Tensor, values: Tensor, r: int) -> dict[str, A
         if proved:
             break
     return result
+
+
+def of_largest(C: Tensor, basis: Tensor, values: Tensor) -> dict[str, Any]:
+    """Do the same from the other end of the spectrum, where ``-C`` has its smallest eigenvalues.
+
+    Args:
+        C: ``(d, d)`` float64, symmetric.
+        basis: ``(d, n)``, Ritz vectors of the largest eigenvalues, ascending; ``n`` may be 0.
+        values: Ritz values, ascending, at least ``n``; those of the basis are the last.
+
+    Returns:
+        As :func:`certificate`, with ``above`` (eigenvalues above the threshold) instead of ``below``.
+    """
+    n = basis.shape[1]
+    if not n:
+        return {"proved": True, "threshold": math.inf, "above": 0, "edge": 0}
+    result = certificate(-C, basis.flip(1), -values.flip(0), n)
+    return {
+        "proved": result["proved"],
+        "threshold": -result["threshold"],
+        "above": result["below"],
+        "edge": result["edge"],
+    }
+
+
+def rescale(result: dict[str, Any], exponent: int) -> None:
+    """Turn the threshold into one of the matrix times ``2^exponent``."""
+    result["threshold"] = math.ldexp(result["threshold"], exponent)

@@ -1,22 +1,65 @@
-"""The direct eigensolver: the fastest one that the device offers."""
+"""The direct eigensolver: all eigenvalues, and the eigenvectors of a range that is chosen when they are known."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+Choose = Callable[[Tensor], tuple[int, int]]
 
-def exact(C: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return the ``r`` smallest eigenvalues (ascending) and eigenvectors ``(d, r)`` of ``C (d, d)``, float64.
 
-    On the CPU LAPACK's ``syevr`` by index range computes no more eigenvectors than asked for, 2 to 3 times faster
-    than a full ``eigh``. On other devices, where torch offers no partial solver, a full ``eigh``.
+def exact(C: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
+    """Solve for all eigenvalues of ``C`` and some eigenvectors, in float64.
+
+    Args:
+        C: ``(d, d)`` float64, symmetric. Not modified.
+        choose: Called with the eigenvalues ``(d,)``, ascending, on the host; returns the range ``low, high`` of those
+            whose vectors are wanted, or raises.
+
+    Returns:
+        The eigenvalues ``(d,)`` on the host and orthonormal vectors ``(d, high - low)`` on the device of ``C``, in
+        the order of their eigenvalues.
     """
-    if C.device.type == "cpu":
-        import scipy.linalg
-
-        # The transpose of a row-major matrix is the column-major layout that LAPACK wants; C is symmetric.
-        values, vectors = scipy.linalg.eigh(C.numpy().T, driver="evr", subset_by_index=[0, r - 1], check_finite=False)
-        return torch.from_numpy(values), torch.from_numpy(vectors).contiguous()
+    if C.device.type == "cpu" and len(C) > 1:
+        return _by_range(C, choose)
+    # Torch offers no partial solver on other devices.
     values, vectors = torch.linalg.eigh(C)
-    return values[:r].contiguous(), vectors[:, :r].contiguous()
+    values = values.cpu()
+    low, high = choose(values)
+    return values, vectors[:, low:high].contiguous()
+
+
+def _by_range(C: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
+    # LAPACK's syevr in its steps: one reduction serves the values, the choice and the vectors, of which no more are
+    # computed than asked for.
+    import numpy as np
+    from scipy.linalg import LinAlgError, eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+
+    d = len(C)
+    # The transpose of a row-major matrix is the column-major layout that LAPACK wants; C is symmetric.
+    reduced, diagonal, beside, tau, _ = lapack.dsytrd(
+        C.numpy().T.copy(order="F"), lower=1, lwork=int(lapack.dsytrd_lwork(d, lower=1)[0]), overwrite_a=1
+    )
+    values = torch.from_numpy(eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf"))
+    low, high = choose(values)
+    if low >= high:
+        return values, C.new_empty(d, 0)
+    select = {"select": "i", "select_range": (low, high - 1)}
+    try:
+        _, vectors = eigh_tridiagonal(diagonal, beside, lapack_driver="stemr", **select)
+    except LinAlgError:
+        # stemr may give up; bisection with inverse iteration does not, but is quadratic in the size of a cluster.
+        _, vectors = eigh_tridiagonal(diagonal, beside, lapack_driver="stebz", **select)
+    # The reflectors lie below the diagonal: moved up a row within their memory, they are those of a QR factorisation.
+    memory = reduced.reshape(-1, order="F")
+    for j in range(d - 1):
+        memory[j * (d - 1) : (j + 1) * (d - 1)] = memory[j * d + 1 : (j + 1) * d]
+    reflectors = memory[: (d - 1) ** 2].reshape(d - 1, d - 1, order="F")
+    # 64: the largest block of LAPACK's ormqr.
+    workspace = 64 * (high - low + 65)
+    vectors[1:], _, _ = lapack.dormqr("L", "N", reflectors, tau, vectors[1:].copy(order="F"), lwork=workspace)
+    # stemr is orthonormal to 1e-13 at d = 320, and less so beyond.
+    Q, R = torch.linalg.qr(torch.from_numpy(np.ascontiguousarray(vectors)))
+    return values, (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).contiguous()

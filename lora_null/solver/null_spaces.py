@@ -22,6 +22,7 @@ def null_spaces(
     covariances: Iterable[tuple[Key, Tensor]] | Mapping[Key, Tensor],
     r: int,
     *,
+    task: Mapping[Key, Tensor] | None = None,
     workers: int | None = None,
     progress: bool = True,
     **options: Any,
@@ -36,6 +37,7 @@ def null_spaces(
         covariances: :class:`lora_null.Covariances`, another mapping of keys to matrices, or pairs of a key and a
             matrix.
         r: As for :func:`null_space`.
+        task: Covariances of the task's text under the same keys, in a mapping or :class:`lora_null.Covariances`.
         workers: Matrices solved at the same time; ``None`` means 2, or 1 where torch has one thread.
         progress: Show a progress bar.
         **options: Passed on to :func:`null_space`.
@@ -44,7 +46,8 @@ def null_spaces(
         ``(key, NullSpace)`` in the order of the input.
 
     Raises:
-        TypeError: ``covariances`` is nothing of the kind, or an item is no pair.
+        TypeError: ``covariances`` or ``task`` is nothing of the kind, or an item is no pair.
+        ValueError: ``task`` has no matrix for a key.
         TypeError, ValueError: as :func:`null_space` does, with the key of the matrix in front.
     """
     threads = torch.get_num_threads()
@@ -55,6 +58,11 @@ def null_spaces(
         raise TypeError(
             f"null_spaces: covariances is a {type(covariances).__name__}; expected lora_null.Covariances, another "
             "mapping, or pairs of a key and a matrix."
+        )
+    if task is not None and not (hasattr(task, "__getitem__") and hasattr(task, "keys")):
+        raise TypeError(
+            f"null_spaces: task is a {type(task).__name__}; expected lora_null.Covariances or another mapping with the "
+            "keys of covariances: each matrix has its own. Collect it with lora_null.calibrate on the task's text."
         )
     total = len(covariances) if isinstance(covariances, Sized) else None
     pending: deque[tuple[Key, Future[NullSpace]]] = deque()
@@ -70,8 +78,9 @@ def null_spaces(
                 )
             key, C = pair
             caller = torch.cuda.current_stream(C.device) if isinstance(C, Tensor) and C.is_cuda else None
-            pending.append((key, pool.submit(_solve_one, key, C, r, options, caller)))
-            del C, pair
+            own = options if task is None else {**options, "task": _task_of(task, key)}
+            pending.append((key, pool.submit(_solve_one, key, C, r, own, caller)))
+            del C, pair, own
             if len(pending) > workers:
                 yield _next(pending, bar)
         while pending:
@@ -81,6 +90,16 @@ def null_spaces(
         bar.close()
         # The workers' setting is also the default of threads that torch starts later.
         torch.set_num_threads(threads)
+
+
+def _task_of(task: Mapping[Key, Tensor], key: Key) -> Tensor:
+    try:
+        return task[key]
+    except KeyError:
+        raise ValueError(
+            f"{key}: null_spaces: task has no matrix for this key; expected one for each of covariances. Was the "
+            "task's text run through another model, or did none of its tokens reach this layer?"
+        ) from None
 
 
 def _next(pending: deque[tuple[Key, Future[NullSpace]]], bar: tqdm) -> tuple[Key, NullSpace]:

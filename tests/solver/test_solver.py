@@ -1,5 +1,6 @@
 """null_space: right on every spectrum, by every method, compiled or not."""
 
+import math
 import sys
 
 import pytest
@@ -231,9 +232,66 @@ def test_uncertified_result_is_solved_directly(monkeypatch):
     spectra.assert_null_space(C, R, result, excess=1e-9)
 
 
+@pytest.mark.parametrize("method", ["exact", "filtered"])
+@pytest.mark.parametrize("exponent", [-1022, -999, -510, -300, 300, 511, 999, 1020])
+def test_energies_are_right_at_any_scale(exponent, method):
+    C, _ = spectra.with_spectrum(spectra.power(D, 2))
+    # In two steps: the power itself is below the normal range.
+    far = C * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
+    near, result = (null_space(given, R, method=method, certify=True) for given in (C, far))
+    spectra.assert_null_space(C, R, NullSpace(result.basis, near.eigenvalues, near.energy))
+    # Entries below 2^-1022 have lost their last bits.
+    assert math.ldexp(result.energy, -exponent) == pytest.approx(near.energy, rel=1e-3 if exponent < -1000 else 1e-9)
+    assert result.info["certificate"]["proved"] and result.info["method"] == near.info["method"]
+    threshold = math.ldexp(result.info["certificate"]["threshold"], -exponent)
+    assert threshold == pytest.approx(near.info["certificate"]["threshold"], rel=1e-2)
+
+
+def test_the_direct_solver_survives_a_failure_of_mrrr(monkeypatch):
+    import scipy.linalg
+
+    solve = scipy.linalg.eigh_tridiagonal
+    drivers = []
+
+    def fails(*args, lapack_driver, **options):
+        drivers.append(lapack_driver)
+        if lapack_driver == "stemr":
+            raise scipy.linalg.LinAlgError("stemr failed")
+        return solve(*args, lapack_driver=lapack_driver, **options)
+
+    monkeypatch.setattr(scipy.linalg, "eigh_tridiagonal", fails)
+    C, _ = spectra.with_spectrum(FAMILIES["smollm2-o"])
+    spectra.assert_null_space(C, R, null_space(C, R, method="exact"), excess=1e-9)
+    assert drivers == ["stemr", "stebz"]
+
+
+def test_bound_holds_for_any_update():
+    C, _ = spectra.with_spectrum(FAMILIES["smollm2-o"])
+    values, V = torch.linalg.eigh(C)
+    X = V * values.clamp_min(0).sqrt()
+    space = null_space(C, R)
+    for seed in range(5):
+        update = torch.randn(30, R, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ space.basis.mT
+        size = float(torch.linalg.matrix_norm(update, 2)) * float(X.norm())
+        assert float((update @ X).norm()) <= space.info["bound"] * size * (1 + 1e-9)
+
+
 IDENTITY = torch.eye(12, dtype=torch.float64)
+# The four parts of a message: what was got, what was expected, the likely cause, the remedy.
 BAD = {
-    "not-a-tensor": (lambda: null_space([[1.0]], 1), TypeError, "list"),
+    "not-a-tensor": (lambda: null_space([[1.0]], 1), TypeError, "C is a list; expected a torch tensor.*numpy"),
+    "none": (lambda: null_space(None, 1), TypeError, "C is None; expected a torch tensor.*has the layer no covariance"),
+    "dict": (lambda: null_space({"a": IDENTITY}, 1), TypeError, "C is a dict; expected .*null_spaces"),
+    "swapped": (lambda: null_space(2, IDENTITY), TypeError, "C is 2; expected .*swapped"),
+    "swapped-r": (lambda: null_space(IDENTITY, IDENTITY), TypeError, "r is a Tensor; expected an integer"),
+    "meta": (lambda: null_space(IDENTITY.to("meta"), 2), ValueError, "meta device.*expected.*init_empty.*Calibrate"),
+    "complex": (lambda: null_space(IDENTITY.cfloat(), 2), TypeError, "complex64; expected float32.*mask"),
+    "bool": (lambda: null_space(IDENTITY.bool(), 2), TypeError, "torch.bool; expected float32.*mask"),
+    "sparse": (lambda: null_space(IDENTITY.to_sparse(), 2), TypeError, "sparse_coo; expected a dense.*to_dense"),
+    "result-dtype": (lambda: null_space(IDENTITY, 2, dtype=torch.int32), TypeError, "int32|dtype; expected a floating"),
+    "tol-none": (lambda: null_space(IDENTITY, 2, tol=None), TypeError, "tol is None; expected a relative excess"),
+    "seed": (lambda: null_space(IDENTITY, 2, seed=None), TypeError, "seed is None; expected an integer"),
+    "cycles-float": (lambda: null_space(IDENTITY, 2, max_cycles=2.5), TypeError, "max_cycles is 2.5"),
     "half": (lambda: null_space(IDENTITY.half(), 2), TypeError, "float16"),
     "integer": (lambda: null_space(IDENTITY.long(), 2), TypeError, "int64"),
     "not-square": (lambda: null_space(IDENTITY[:5], 2), ValueError, r"\(5, 12\)"),
@@ -255,7 +313,7 @@ BAD = {
     "uplo": (lambda: null_space(IDENTITY, 2, uplo="L"), ValueError, "'lower'"),
     "tol": (lambda: null_space(IDENTITY, 2, tol=0), ValueError, "tol is 0"),
     "oversample": (lambda: null_space(IDENTITY, 2, oversample=-1), ValueError, "oversample is -1"),
-    "max_cycles": (lambda: null_space(IDENTITY, 2, max_cycles=0), ValueError, "max_cycles 0"),
+    "max_cycles": (lambda: null_space(IDENTITY, 2, max_cycles=0), ValueError, "max_cycles is 0"),
 }  # fmt: skip
 
 

@@ -34,6 +34,26 @@ def test_mappings_and_covariances_are_taken():
         assert found == wanted
 
 
+def test_task_covariances_go_by_key():
+    items, tasks = covariances(4), dict(reversed(covariances(5)))
+    tasks = {key: C.flip(0).flip(1) for key, C in tasks.items()}
+    groups = Covariances(tasks, {key: (key,) for key in tasks}, dict.fromkeys(tasks, 100))
+    for given in (tasks, groups):
+        for (_, C), (key, space) in zip(
+            items, null_spaces(items, 5, task=given, energy=0.5, progress=False), strict=True
+        ):
+            alone = null_space(C, 5, task=tasks[key], energy=0.5)
+            assert space.energy == pytest.approx(alone.energy, rel=1e-9) and space.info["k"] == alone.info["k"]
+
+
+def test_a_key_that_the_task_lacks_is_named():
+    items = covariances(3)
+    with pytest.raises(ValueError, match=r"layer\.2: null_spaces: task has no matrix.*another model"):
+        list(null_spaces(items, 3, task=dict(items[:2]), progress=False))
+    with pytest.raises(TypeError, match=r"task is a Tensor; expected lora_null\.Covariances"):
+        list(null_spaces(items, 3, task=items[0][1], progress=False))
+
+
 @pytest.mark.parametrize("given", [torch.eye(4), [torch.eye(4)], ["layer.0"]], ids=["matrix", "matrices", "keys"])
 def test_what_is_no_pair_is_refused(given):
     with pytest.raises(TypeError, match=r"expected pairs of a key and a matrix.*enumerate\(matrices\)"):
