@@ -50,8 +50,9 @@ def calibrate(
     """Sum ``C = sum_t x_t x_t^T`` over the calibration tokens, for every input of the target layers.
 
     Linear layers that receive the same tensor share one matrix; which do is observed, so q, k, v and gate, up of a
-    LLaMA block give 4 matrices per block. The model runs in eval mode without gradients, and without its output head
-    where it allows that; its modes, hooks and weights are as before when this returns or raises.
+    LLaMA block give 4 matrices per block. A subclass of ``nn.Linear`` that computes something else than ``x W^T``, as
+    some routers of experts do, is left out with a warning. The model runs in eval mode without gradients, and without
+    its output head where it allows that; its modes, hooks and weights are as before when this returns or raises.
 
     Under ``torch.distributed`` each process runs its share of the batches, and all return the same sums. An error
     in one process ends the others with ``OtherProcessFailed``; a process that is killed ends them when
@@ -122,7 +123,7 @@ def calibrate(
     with evaluating(job.model), announcing_failure():
         sums = run(job, batches)
     result = Covariances(sums.matrices, sums.groups, sums.tokens, _provenance(job, config, sums))
-    _check_counts(result, job.linears)
+    _check_counts(result, job.linears, sums.left_out)
     return result
 
 
@@ -175,14 +176,23 @@ def _provenance(job: Job, config: LoraNullConfig, sums: Sums) -> dict[str, str]:
     }
 
 
-def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear]) -> None:
+def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear], left_out: Mapping[str, str]) -> None:
     """Refuse an empty result; warn of layers without tokens and of null spaces that too few tokens leave open."""
+    for reason, names in _by_reason(left_out).items():
+        logger.warning(
+            "%d of %d target layers are linear in name only and have no covariance: %s and its like, since %s. With "
+            "all-linear they get no adapter.",
+            len(names),
+            len(linears),
+            names[0],
+            reason,
+        )
     if not result:
         raise ValueError(
             "No token was counted for any target layer. Expected batches with tokens that the mask keeps "
-            "(attention_mask != 0, labels != -100), and a model whose target layers are called."
+            "(attention_mask != 0, labels != -100), and a model whose target layers are called and linear."
         )
-    missing = [name for name in linears if name not in result]
+    missing = [name for name in linears if name not in result and name not in left_out]
     if missing:
         logger.warning(
             "%d of %d target layers received no token and have no covariance, for instance %s. With "
@@ -204,3 +214,10 @@ def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear]) -> None
             result.size(worst),
             2 * max(result.size(key) for key in few),
         )
+
+
+def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return names

@@ -13,7 +13,6 @@ from .collector import Collector, combined
 from .job import Job, Sums, log_plan
 from .memory import plan_streaming
 from .probe import unprobed
-from .shared_inputs import watching
 
 
 def run_callback(job: Job, run_model: Callable[[], Any]) -> Sums:
@@ -23,10 +22,10 @@ def run_callback(job: Job, run_model: Callable[[], Any]) -> Sums:
     # reason to refuse only what the caller has forbidden.
     limit = job.options.memory_limit
     log_plan(plan_streaming(unprobed(job.linears), collector.placement), limit, refuse=limit is not None)
-    with watching(job.linears, collector.receive), job.bar(None) as advance, _batches_begun(job, collector, advance):
+    with collector.watching(job.linears), job.bar(None) as advance, _batches_begun(job, collector, advance):
         run_model()
     collector.flush()
-    return Sums(*combined(collector), data="function")
+    return Sums(*combined(collector), data="function", left_out=collector.left_out)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..system.distributed import add_up, exchange
 from .accumulator import Accumulator, Placement, Selection, Sum
 from .checkpoint import Progress
 from .shared_inputs import SharedInputs
+from .watching import watching
 
 
 class Collector:
@@ -31,6 +33,7 @@ class Collector:
         accumulator: Their sums.
         placement: Where and how they are kept.
         widths: The number of input features of each target layer.
+        left_out: Target layers that compute something else than ``x W^T``, and what; they have no sum.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear], placement: Placement, *, share_inputs: bool, flush_every: int):
@@ -39,6 +42,7 @@ class Collector:
         self.flush_every = flush_every
         self.shared = SharedInputs(share_inputs)
         self.accumulator = Accumulator(placement)
+        self.left_out: dict[str, str] = {}
         self.batch = 0
         self._selection = Selection(None)
 
@@ -61,6 +65,10 @@ class Collector:
     def matrices(self) -> DenseMatrices:
         """Return the flushed sums; their strict upper triangles are arbitrary."""
         return DenseMatrices({key: entry.matrix for key, entry in self.accumulator.sums.items()})
+
+    def watching(self, linears: Mapping[str, nn.Linear]) -> AbstractContextManager[None]:
+        """Receive the inputs of these of the target layers, for the length of the block."""
+        return watching(linears, self.receive, self.left_out)
 
     def receive(self, name: str, x: Tensor) -> None:
         """Take the input ``x (..., d)`` of the layer ``name``."""

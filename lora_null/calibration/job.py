@@ -104,12 +104,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Sums:
-    """Full symmetric matrices, members and tokens by group key, and the fingerprint of the data."""
+    """What a calibration gives.
+
+    Attributes:
+        matrices: Full symmetric matrices by group key.
+        groups: Members by group key.
+        tokens: Tokens by group key.
+        data: Fingerprint of the data.
+        left_out: Target layers that compute something else than ``x W^T``, and what.
+    """
 
     matrices: Mapping[str, Tensor]
     groups: Mapping[str, Sequence[str]]
     tokens: Mapping[str, int]
     data: str
+    left_out: Mapping[str, str]
 
 
 def wants_queue(batches: Sequence[Batch], queue_tokens: int) -> bool:

@@ -18,7 +18,6 @@ from .collector import Collector, combined
 from .job import Job, Sums, log_plan
 from .memory import MemoryPlan, plan_layerwise
 from .probe import Probe
-from .shared_inputs import watching
 from .walk import LayerWalk, decoder_layers, split_by_layer
 
 
@@ -31,7 +30,9 @@ def run_layerwise(job: Job, source: Iterable[Any]) -> Sums:
     name, layers = decoder_layers(job.model, job.linears)
     if counted:
         sizes = [batch.positions for batch in batches]
-        plan = plan_walk(job, job.probe(counted[0]), collector.placement, tokens=sum(sizes), largest_batch=max(sizes))
+        seen = job.probe(counted[0])
+        collector.left_out.update(seen.left_out)
+        plan = plan_walk(job, seen, collector.placement, tokens=sum(sizes), largest_batch=max(sizes))
         log_plan(plan, options.memory_limit)
     data = DataFingerprint()
     for batch in batches:
@@ -57,7 +58,7 @@ def run_layerwise(job: Job, source: Iterable[Any]) -> Sums:
         for number in range(len(layers)) if done < len(layers) else ():
             last = number == len(layers) - 1
             watched = {} if number < done else {**linears_of[number], **(outside if last else {})}
-            with walk.prepared(number), watching(watched, collector.receive):
+            with walk.prepared(number), collector.watching(watched):
                 for index, batch in enumerate(batches):
                     collector.begin(index, batch.mask)
                     if batch.tokens:
@@ -67,7 +68,7 @@ def run_layerwise(job: Job, source: Iterable[Any]) -> Sums:
             if number >= done:
                 _finish_layer(collector, parts[number], finished)
     matrices = PackedMemory(finished.triangles, collector.placement.dtype)
-    return Sums(matrices, finished.groups, finished.tokens, digest_of(exchange(str(data))))
+    return Sums(matrices, finished.groups, finished.tokens, digest_of(exchange(str(data))), collector.left_out)
 
 
 def plan_walk(job: Job, seen: Probe, placement: Placement, *, tokens: int, largest_batch: int) -> MemoryPlan:

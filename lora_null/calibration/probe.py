@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .shared_inputs import SharedInputs, watching
+from .shared_inputs import SharedInputs
+from .watching import watching
 
 
 @dataclass(frozen=True)
@@ -28,27 +29,29 @@ class Probe:
         groups: Key to members.
         inputs: Key to the input's size, device and dtype.
         unreached: Target layers that the pass did not call; each counts as a group of its own.
+        left_out: Target layers that compute something else than ``x W^T``, and what.
     """
 
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     inputs: dict[str, SeenInput] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def probe(model: nn.Module, inputs: Mapping, linears: Mapping[str, nn.Linear], share_inputs: bool) -> Probe:
     """Run ``model(**inputs)`` once."""
-    shared, seen = SharedInputs(share_inputs), {}
+    shared, seen, left_out = SharedInputs(share_inputs), {}, dict[str, str]()
 
     def receive(name: str, x: Tensor) -> None:
         if shared.receive(name, x):
             seen[name] = SeenInput(x.shape[-1], x.device, x.dtype)
 
-    with watching(linears, receive):
+    with watching(linears, receive, left_out):
         model(**inputs)
     groups = shared.members()
-    reached = {name for names in groups.values() for name in names}
-    rest = unprobed({name: linear for name, linear in linears.items() if name not in reached})
-    return Probe({**groups, **rest.groups}, {**seen, **rest.inputs}, rest.unreached)
+    known = {name for names in groups.values() for name in names} | set(left_out)
+    rest = unprobed({name: linear for name, linear in linears.items() if name not in known})
+    return Probe({**groups, **rest.groups}, {**seen, **rest.inputs}, rest.unreached, left_out)
 
 
 def unprobed(linears: Mapping[str, nn.Linear]) -> Probe:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -125,20 +123,3 @@ class SharedInputs:
     def members(self) -> dict[str, tuple[str, ...]]:
         """Return each group's key and members, in the order of the first calls."""
         return {key: tuple(group.members) for key, group in self.groups.items()}
-
-
-@contextmanager
-def watching(linears: Mapping[str, nn.Module], receive: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """Call ``receive(name, input)`` before every forward of the linear layers, for the length of the block."""
-    handles = []
-    try:
-        for name, module in linears.items():
-
-            def hook(_module, args, kwargs, name=name):
-                receive(name, args[0] if args else kwargs["input"])
-
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

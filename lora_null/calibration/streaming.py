@@ -17,7 +17,6 @@ from .checkpoint import Checkpoint
 from .collector import Collector, combined
 from .job import Job, Sums, log_plan
 from .memory import plan_streaming
-from .shared_inputs import watching
 
 
 def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
@@ -32,7 +31,7 @@ def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
             checkpoint = stack.enter_context(job.checkpoint())
         record = _Record(collector, checkpoint, devices)
         advance = stack.enter_context(job.bar(total, initial=record.done))
-        stack.enter_context(watching(job.linears, collector.receive))
+        stack.enter_context(collector.watching(job.linears))
         for index, batch in enumerate(chain(head, batches)):
             if record.holds(batch):
                 continue
@@ -42,7 +41,7 @@ def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
                 record.save(finished=False)
             advance(batch.tokens)
         record.finish()
-    return Sums(*combined(collector), data=digest_of(exchange(str(record.data))))
+    return Sums(*combined(collector), data=digest_of(exchange(str(record.data))), left_out=collector.left_out)
 
 
 def _first_counted(batches: Iterator[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -62,6 +61,7 @@ def _first_counted(batches: Iterator[Batch]) -> tuple[list[Batch], list[Batch]]:
 def _plan(job: Job, collector: Collector, first: Batch) -> dict[str, torch.device]:
     """Refuse a plan that does not fit; return the device of the sum to which each target layer may belong."""
     seen, placement = job.probe(first), collector.placement
+    collector.left_out.update(seen.left_out)
     log_plan(plan_streaming(seen, placement), job.options.memory_limit)
     home = placement.store or placement.compute
     return {name: home or seen.inputs[key].device for key, names in seen.groups.items() for name in names}
