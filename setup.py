@@ -7,7 +7,7 @@ down and are installed as ``lora_null.kernels``.
 
 import os
 import re
-import sys
+import runpy
 from pathlib import Path
 
 from setuptools import setup
@@ -27,15 +27,14 @@ def extension() -> dict:
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
     if not sources:
         return {}
+    build_flags = runpy.run_path(str(ROOT / "lora_null" / "system" / "build_flags.py"))
     module = CppExtension(
         "lora_null._C",
         sources,
         # The compiler is a convenience, not a condition: where it fails the package still installs,
         # and the extension is tried again on first use.
         optional=True,
-        # As in lora_null/system/extension.py, which says why.
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden"]
-        + (["-fopenmp"] if sys.platform.startswith("linux") else []),
+        extra_compile_args=build_flags["compile_flags"](ROOT / "csrc"),
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -1,3 +1,4 @@
+#include <c10/macros/Macros.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -38,49 +39,54 @@ bool plain(const Handles&... handles) {
 }
 
 std::optional<lora_null::LinearCall> linear_call(py::handle x, py::handle weight, py::handle factor, py::handle lora_B,
-                                                 py::handle bias, py::handle mixing, double scaling, bool projected,
-                                                 double max_products) {
-  lora_null::OptionalTensor given[2];
-  const py::handle optional[2] = {bias, mixing};
+                                                 py::handle bias, py::handle mixing, double scaling) {
+  lora_null::OptionalTensor optional[2];
+  const py::handle handles[2] = {bias, mixing};
   for (int i = 0; i < 2; ++i) {
-    if (optional[i].is_none()) continue;
-    if (!plain(optional[i])) return std::nullopt;
-    given[i] = THPVariable_Unpack(optional[i].ptr());
+    if (handles[i].is_none()) continue;
+    if (!plain(handles[i])) return std::nullopt;
+    optional[i] = THPVariable_Unpack(handles[i].ptr());
   }
   if (!plain(x, weight, factor, lora_B)) return std::nullopt;
-  lora_null::LinearCall call{THPVariable_Unpack(x.ptr()),
-                             THPVariable_Unpack(weight.ptr()),
-                             THPVariable_Unpack(factor.ptr()),
-                             THPVariable_Unpack(lora_B.ptr()),
-                             given[0],
-                             given[1],
-                             scaling};
-  if (!lora_null::takes(call, projected, max_products)) return std::nullopt;
-  return call;
+  return lora_null::LinearCall{THPVariable_Unpack(x.ptr()),
+                               THPVariable_Unpack(weight.ptr()),
+                               THPVariable_Unpack(factor.ptr()),
+                               THPVariable_Unpack(lora_B.ptr()),
+                               optional[0],
+                               optional[1],
+                               scaling};
+}
+
+// Why Python has to do a call, or None.
+std::optional<std::string> reason_against(py::handle x, py::handle weight, py::handle factor, py::handle lora_B,
+                                          py::handle bias, py::handle mixing, bool projected) {
+  const auto call = linear_call(x, weight, factor, lora_B, bias, mixing, 1);
+  const char* reason = call.has_value() ? lora_null::reason_against(*call, projected) : "a tensor is of a subclass";
+  return reason == nullptr ? std::nullopt : std::optional<std::string>(reason);
 }
 
 // (y, S), or None where Python has to do the call, or to say what is wrong with it.
 py::object lora_linear(py::handle x, py::handle weight, py::handle lora_A, py::handle lora_B, py::handle bias,
-                       py::handle mixing, double scaling, double max_products) {
-  const auto call = linear_call(x, weight, lora_A, lora_B, bias, mixing, scaling, false, max_products);
-  if (!call.has_value()) return py::none();
+                       py::handle mixing, double scaling) {
+  auto call = linear_call(x, weight, lora_A, lora_B, bias, mixing, scaling);
+  if (!call.has_value() || lora_null::reason_against(*call, false) != nullptr) return py::none();
   std::pair<at::Tensor, at::Tensor> outputs;
   {
     py::gil_scoped_release release;
-    outputs = lora_null::lora_linear(*call);
+    outputs = lora_null::lora_linear(lora_null::computed(std::move(*call), false));
   }
   return py::make_tuple(outputs.first, outputs.second);
 }
 
 // y, or None likewise.
 py::object lora_up_linear(py::handle x, py::handle weight, py::handle projected, py::handle lora_B, py::handle bias,
-                          py::handle mixing, double scaling, double max_products) {
-  const auto call = linear_call(x, weight, projected, lora_B, bias, mixing, scaling, true, max_products);
-  if (!call.has_value()) return py::none();
+                          py::handle mixing, double scaling) {
+  auto call = linear_call(x, weight, projected, lora_B, bias, mixing, scaling);
+  if (!call.has_value() || lora_null::reason_against(*call, true) != nullptr) return py::none();
   at::Tensor y;
   {
     py::gil_scoped_release release;
-    y = lora_null::lora_up_linear(*call);
+    y = lora_null::lora_up_linear(lora_null::computed(std::move(*call), true));
   }
   return py::cast(y);
 }
@@ -93,6 +99,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("max_cycles"), py::arg("seed"), py::arg("patient"));
   module.def("covariance_update", &lora_null::covariance_update, py::arg("C"), py::arg("x"),
              py::call_guard<py::gil_scoped_release>());
+  module.attr("sources") = C10_STRINGIZE(LORA_NULL_SOURCES);
+  module.def("reason_against", &reason_against);
   // Wrapped, errors keep their types: torch.OutOfMemoryError, or that of a Python hook on saved tensors.
   module.def("lora_linear", torch::wrap_pybind_function(&lora_linear));
   module.def("lora_up_linear", torch::wrap_pybind_function(&lora_up_linear));

@@ -1,5 +1,9 @@
 #include "covariance.h"
 
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -8,10 +12,6 @@
 #include <memory>
 #include <type_traits>
 #include <vector>
-
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -85,7 +85,9 @@ template <typename T>
 class Packed {
  public:
   Packed(int64_t d, int64_t tokens)
-      : side_(tile_side(d)), panels_(ceil_div(d, side_)), capacity_(ceil_div(tokens, kStep)),
+      : side_(tile_side(d)),
+        panels_(ceil_div(d, side_)),
+        capacity_(ceil_div(tokens, kStep)),
         buffers_(operands.get<T>(2 * panels_ * capacity_ * side_ * kStep)) {}
 
   void fill(const at::Tensor& x);
@@ -145,8 +147,8 @@ void Packed<T>::fill(const at::Tensor& x) {
   at::parallel_for(0, panels_ * steps_, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t panel = block / steps_, step = block % steps_, column = panel * side_, token = step * kStep;
-      pack_block(source + token * stride + column, stride, std::min(kStep, tokens - token),
-                 std::min(side_, d - column), side_, length(step), left(panel, step), right(panel, step));
+      pack_block(source + token * stride + column, stride, std::min(kStep, tokens - token), std::min(side_, d - column),
+                 side_, length(step), left(panel, step), right(panel, step));
     }
   });
 }
@@ -213,8 +215,8 @@ bool multiplies_bf16() {
     const std::vector<at::BFloat16> ones(kLength * kLength, at::BFloat16(1));
     std::vector<float> sums(kLength * kLength);
     try {
-      at::native::cpublas::brgemm(kLength, kLength, kLength, kLength, kLength, kLength, false, ones.data(),
-                                  ones.data(), sums.data(), true);
+      at::native::cpublas::brgemm(kLength, kLength, kLength, kLength, kLength, kLength, false, ones.data(), ones.data(),
+                                  sums.data(), true);
       at::native::cpublas::brgemm_release(true);
     } catch (const std::exception&) {  // torch where oneDNN has no bf16 at all, oneDNN where it lacks this product
       return false;

@@ -1,9 +1,5 @@
 #include "krylov.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
@@ -18,6 +14,10 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
 
 namespace lora_null {
 namespace {

@@ -1,12 +1,12 @@
 // The Krylov space behind filtered(): factorisation, growth, Rayleigh-Ritz.
 #pragma once
 
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <utility>
 #include <vector>
-
-#include <ATen/core/Generator.h>
-#include <ATen/core/Tensor.h>
 
 namespace lora_null {
 

@@ -11,9 +11,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <cstdlib>
-#include <cstring>
-
 namespace lora_null {
 namespace {
 
@@ -79,7 +76,7 @@ Tensor gradient_of_B(const Tensor& dy, const Tensor& S, const Tensor& mixing, do
 
 // Behind gradients that were asked for with create_graph=True: only their own gradient raises.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
-  static variable_list forward(AutogradContext*, const variable_list* found, at::TensorList) { return *found; }
+  static variable_list forward(AutogradContext*, const variable_list* gradients, at::TensorList) { return *gradients; }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false,
@@ -89,24 +86,24 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   }
 };
 
-variable_list once(variable_list found, const variable_list& saved, const variable_list& given) {
-  if (!at::GradMode::is_enabled()) return found;
+variable_list once(variable_list gradients, const variable_list& saved, const variable_list& cotangents) {
+  if (!at::GradMode::is_enabled()) return gradients;
   variable_list origins;
-  for (const auto* list : {&saved, &given}) {
+  for (const auto* list : {&saved, &cotangents}) {
     for (const Tensor& tensor : *list) {
       if (tensor.defined()) origins.push_back(tensor);
     }
   }
   variable_list defined;
-  for (const Tensor& tensor : found) {
+  for (const Tensor& tensor : gradients) {
     if (tensor.defined()) defined.push_back(tensor);
   }
   auto guarded = OnceDifferentiable::apply(&defined, at::TensorList(origins));
   size_t next = 0;
-  for (Tensor& tensor : found) {
+  for (Tensor& tensor : gradients) {
     if (tensor.defined()) tensor = guarded[next++];
   }
-  return found;
+  return gradients;
 }
 
 std::pair<Tensor, Tensor> project_and_apply(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
@@ -142,33 +139,34 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     return {y, S};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const variable_list saved = ctx->get_saved_variables();
-    variable_list found(7);  // of x, weight, lora_A, lora_B, bias, mixing, scaling
-    if (given[0].defined() || given[1].defined()) compute(ctx, saved, given, found);
-    return once(std::move(found), saved, given);
+    variable_list gradients(7);  // of x, weight, lora_A, lora_B, bias, mixing, scaling
+    if (cotangents[0].defined() || cotangents[1].defined()) compute(ctx, saved, cotangents, gradients);
+    return once(std::move(gradients), saved, cotangents);
   }
 
-  static void compute(AutogradContext* ctx, const variable_list& saved, const variable_list& given,
-                      variable_list& found) {
+  static void compute(AutogradContext* ctx, const variable_list& saved, const variable_list& cotangents,
+                      variable_list& gradients) {
     Isolated guard;
     const Tensor &x = saved[0], &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3], &S = saved[4],
                  &mixing = saved[5];
     const double scaling = ctx->saved_data["scaling"].toDouble();
-    const bool has_dy = given[0].defined();
-    const auto leading = lead(has_dy ? given[0] : given[1]);
-    const Tensor dy =
-        has_dy ? rows(given[0]) : given[1].new_zeros({c10::multiply_integers(leading), ctx->saved_data["m"].toInt()});
+    const Tensor &dy_of_y = cotangents[0], &dS_elsewhere = cotangents[1];
+    const bool has_dy = dy_of_y.defined();
+    const auto leading = lead(has_dy ? dy_of_y : dS_elsewhere);
+    const Tensor dy = has_dy ? rows(dy_of_y)
+                             : dS_elsewhere.new_zeros({c10::multiply_integers(leading), ctx->saved_data["m"].toInt()});
     if (lora_B.defined()) {
       Tensor dS = gradient_of_S(dy, lora_B, mixing, scaling);
-      if (given[1].defined()) dS.add_(rows(given[1]));
+      if (dS_elsewhere.defined()) dS.add_(rows(dS_elsewhere));
       if (weight.defined()) {
-        found[0] = unrows(at::mm(dy, weight).addmm_(dS, lora_A.to(dS.scalar_type())), leading);
+        gradients[0] = unrows(at::mm(dy, weight).addmm_(dS, lora_A.to(dS.scalar_type())), leading);
       }
-      if (x.defined()) found[2] = mm_fp32(dS.t(), rows(x), 1);
+      if (x.defined()) gradients[2] = mm_fp32(dS.t(), rows(x), 1);
     }
-    if (has_dy && S.defined()) found[3] = gradient_of_B(dy, rows(S), mixing, scaling);
-    if (has_dy && ctx->saved_data["bias"].toBool()) found[4] = dy.sum(0);
+    if (has_dy && S.defined()) gradients[3] = gradient_of_B(dy, rows(S), mixing, scaling);
+    if (has_dy && ctx->saved_data["bias"].toBool()) gradients[4] = dy.sum(0);
   }
 };
 
@@ -184,22 +182,23 @@ struct LoraUpLinear : torch::autograd::Function<LoraUpLinear> {
     return apply_projected(x, weight, projected, lora_B, bias, mixing, scaling);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const variable_list saved = ctx->get_saved_variables();
-    variable_list found(7);  // of x, weight, projected, lora_B, bias, mixing, scaling
-    if (given[0].defined()) compute(ctx, saved, given[0], found);
-    return once(std::move(found), saved, given);
+    variable_list gradients(7);  // of x, weight, projected, lora_B, bias, mixing, scaling
+    if (cotangents[0].defined()) compute(ctx, saved, cotangents[0], gradients);
+    return once(std::move(gradients), saved, cotangents);
   }
 
-  static void compute(AutogradContext* ctx, const variable_list& saved, const Tensor& given, variable_list& found) {
+  static void compute(AutogradContext* ctx, const variable_list& saved, const Tensor& dy_of_y,
+                      variable_list& gradients) {
     Isolated guard;
     const Tensor &weight = saved[0], &projected = saved[1], &lora_B = saved[2], &mixing = saved[3];
     const double scaling = ctx->saved_data["scaling"].toDouble();
-    const Tensor dy = rows(given);
-    if (weight.defined()) found[0] = unrows(at::mm(dy, weight), lead(given));
-    if (lora_B.defined()) found[2] = unrows(gradient_of_S(dy, lora_B, mixing, scaling), lead(given));
-    if (projected.defined()) found[3] = gradient_of_B(dy, rows(projected), mixing, scaling);
-    if (ctx->saved_data["bias"].toBool()) found[4] = dy.sum(0);
+    const Tensor dy = rows(dy_of_y);
+    if (weight.defined()) gradients[0] = unrows(at::mm(dy, weight), lead(dy_of_y));
+    if (lora_B.defined()) gradients[2] = unrows(gradient_of_S(dy, lora_B, mixing, scaling), lead(dy_of_y));
+    if (projected.defined()) gradients[3] = gradient_of_B(dy, rows(projected), mixing, scaling);
+    if (ctx->saved_data["bias"].toBool()) gradients[4] = dy.sum(0);
   }
 };
 
@@ -228,36 +227,46 @@ bool fit(const LinearCall& call, bool projected) {
          (!bias.has_value() || (bias->dim() == 1 && bias->size(0) == m));
 }
 
-bool backend_allows() {
-  const char* backend = std::getenv("LORA_NULL_LINEAR_BACKEND");
-  return backend == nullptr || *backend == '\0' || !std::strcmp(backend, "auto") || !std::strcmp(backend, "cublas");
+// The type in which a tensor is multiplied: autocast's, where that is on.
+at::ScalarType computed_type(const Tensor& tensor) {
+  const auto device = tensor.device().type();
+  const bool stays = tensor.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(device);
+  return stays ? tensor.scalar_type() : at::autocast::get_autocast_dtype(device);
+}
+
+void cast(Tensor& tensor, at::ScalarType type) {
+  if (tensor.scalar_type() != type) tensor = tensor.to(type);
 }
 
 }  // namespace
 
-bool takes(LinearCall& call, bool projected, double max_products) {
-  auto& [x, weight, factor, lora_B, bias, mixing, scaling] = call;
-  if (!x.is_cpu() && !x.is_cuda()) return false;
+const char* reason_against(const LinearCall& call, bool projected) {
+  const auto& [x, weight, factor, lora_B, bias, mixing, scaling] = call;
+  if (!x.is_cpu() && !x.is_cuda()) return "x is neither on a CPU nor on a CUDA device";
   if (!ordinary(x, x) || !ordinary(weight, x) || !ordinary(factor, x) || !ordinary(lora_B, x) || !ordinary(bias, x) ||
-      !ordinary(mixing, x) || weight.requires_grad() || !fit(call, projected)) {
-    return false;
+      !ordinary(mixing, x)) {
+    return "a tensor is not a dense one of bf16, fp16, fp32 or fp64 on the device of x";
   }
-  if (x.is_cuda() && static_cast<double>(x.numel()) * weight.size(0) >= max_products) return false;
-  const bool functorch = c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-  if (!backend_allows() || functorch || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-      at::tracer::impl::is_dispatch_enabled()) {
-    return false;
+  if (weight.requires_grad()) return "the weight requires a gradient";
+  if (!fit(call, projected)) return "the shapes do not fit";
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      c10::impl::TorchDispatchModeTLS::any_modes_set() || at::tracer::impl::is_dispatch_enabled()) {
+    return "a tracer, a mode or a transform has to see operations";
   }
-  const auto device = x.device().type();
-  if (at::autocast::is_autocast_enabled(device)) {
-    const auto dtype = at::autocast::get_autocast_dtype(device);
-    for (Tensor* tensor : {&x, &weight}) {
-      if (tensor->scalar_type() != at::kDouble) *tensor = tensor->to(dtype);
-    }
-    if (bias.has_value() && bias->scalar_type() != at::kDouble) bias = bias->to(dtype);
+  const auto type = computed_type(x);
+  if (computed_type(weight) != type || (bias.has_value() && computed_type(*bias) != type)) {
+    return "x, the weight and the bias differ in type";
   }
-  if (projected) factor = factor.to(x.scalar_type());
-  return weight.scalar_type() == x.scalar_type() && (!bias.has_value() || bias->scalar_type() == x.scalar_type());
+  return nullptr;
+}
+
+LinearCall computed(LinearCall call, bool projected) {
+  const auto type = computed_type(call.x);
+  cast(call.x, type);
+  cast(call.weight, type);
+  if (call.bias.has_value()) cast(*call.bias, type);
+  if (projected) cast(call.factor, type);
+  return call;
 }
 
 std::pair<Tensor, Tensor> lora_linear(const LinearCall& call) {

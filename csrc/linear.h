@@ -22,10 +22,13 @@ struct LinearCall {
   double scaling;
 };
 
-// Say whether the functions below can take this call, and cast its tensors as autocast would. Left to Python are
-// weights that require a gradient, tensors that are not plain dense ones of one device, shapes that do not fit, a
-// backend that the environment asks for, any kind of tracing, and on a GPU more than max_products = T d m.
-bool takes(LinearCall& call, bool projected, double max_products);
+// Return why the functions below cannot take this call, or null if they can: what Python would not see as cheaply.
+const char* reason_against(const LinearCall& call, bool projected);
+
+// Return the call in the types that autocast computes in.
+LinearCall computed(LinearCall call, bool projected);
+
+// The rest is for calls in computed types, against which there is no reason.
 
 // Return y = x W^T + scaling S (B M)^T + bias (..., m) and S = x A^T (..., p), both differentiable once; S only
 // where x or A requires a gradient.

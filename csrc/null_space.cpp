@@ -1,15 +1,15 @@
 #include "null_space.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/mm.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
-
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/linalg_eigh.h>
-#include <ATen/ops/mm.h>
 
 #include "krylov.h"
 

@@ -4,10 +4,10 @@
 // Vectors are stored as rows, V (b, d): a skinny product V C then has its long side where BLAS wants it.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <string>
-
-#include <ATen/core/Tensor.h>
 
 namespace lora_null {
 
@@ -16,7 +16,7 @@ struct FilterOptions {
   int64_t oversample;  // Ritz vectors beyond r in the final Rayleigh-Ritz step
   int64_t max_cycles;  // Rayleigh-Ritz tests before the direct solver takes over
   int64_t seed;
-  bool patient;        // false: give up as soon as max_cycles is clearly too few
+  bool patient;  // false: give up as soon as max_cycles is clearly too few
 };
 
 struct FilterResult {

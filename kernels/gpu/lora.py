@@ -28,7 +28,7 @@ def supported(x: Tensor, weight: Tensor, *small: Tensor, rank: int | None = None
     """Return why the kernels cannot take these tensors, or None if they can.
 
     Args:
-        x: ``(T, d)`` or ``(T, m)``, as `forward` or `backward_dx` get it.
+        x: ``(T, d)`` or ``(T, m)``, as ``forward`` or ``backward_dx`` get it.
         weight: ``(m, d)``.
         small: A's, B, S, dS; their types and places are checked.
         rank: r; taken from the second dimension of the first small matrix if it is not given.

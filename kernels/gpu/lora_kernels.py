@@ -1,6 +1,6 @@
 """The Triton kernels of the base + LoRA linear. Importing this module imports Triton.
 
-Launchers and the meaning of the shapes are in `lora.py`. Scalars that depend on the step (``scaling``, the
+Launchers and the meaning of the shapes are in ``lora.py``. Scalars that depend on the step (``scaling``, the
 dropout words, ``T``) are run-time arguments: a change of value never compiles again.
 """
 
@@ -83,7 +83,7 @@ def linear_tma_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """`linear_kernel` through tensor descriptors, for 16-bit operands; persistent.
+    """``linear_kernel`` through tensor descriptors, for 16-bit operands; persistent.
 
     Blocks: x_desc ``[BLOCK_T, BLOCK_K]`` and s_desc ``[BLOCK_T, BLOCK_R]``; of the weight and the factor
     ``[BLOCK_N, BLOCK_K]`` and ``[BLOCK_N, BLOCK_R]``, or with the sides swapped if they are stored TRANSPOSED.

@@ -79,7 +79,7 @@ def aligned(x: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, *block: int) -> Any:
-    """Return a tensor descriptor of an `aligned` ``x`` for blocks of the given sides."""
+    """Return a tensor descriptor of an ``aligned`` ``x`` for blocks of the given sides."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x, list(block))

@@ -109,7 +109,7 @@ def syrk_tma_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
     DIRECT: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """`syrk_kernel` without a mask through tensor descriptors, for 16-bit X; persistent.
+    """``syrk_kernel`` without a mask through tensor descriptors, for 16-bit X; persistent.
 
     Both descriptors address X ``(T, d)``, with blocks ``[BLOCK_T, BLOCK_M]`` and ``[BLOCK_T, BLOCK_N]``; they
     return zeros outside it.

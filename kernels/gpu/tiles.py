@@ -20,7 +20,7 @@ def grouped(index, tiles_t, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def mix(x):
-    """32-bit finaliser lowbias32; see `dropout.py`."""
+    """32-bit finaliser lowbias32; see ``dropout.py``."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -28,7 +28,7 @@ def mix(x):
 
 @triton.jit
 def kept(rows, columns, key0, key1, threshold):
-    """Return the dropout mask of a tile, ``[rows, columns]``: the bits of `dropout.keep_mask`."""
+    """Return the dropout mask of a tile, ``[rows, columns]``: the bits of ``dropout.keep_mask``."""
     t = rows.to(tl.uint32)
     a = mix(t ^ tl.cast(key0, tl.uint32))
     b = mix(t ^ tl.cast(key1, tl.uint32)) | 1

@@ -1,52 +1,51 @@
 """``C += X^T X`` over a stream of activations, one triangle only.
 
-Four ways to compute it. ``triton``: the symmetric kernel of `lora_null.kernels.syrk`. ``compiled``: the C++ kernel
+Four ways to compute it. ``triton``: the symmetric kernel of :mod:`lora_null.kernels.syrk`. ``compiled``: the C++ kernel
 for x86 CPUs, which multiplies bf16 as bf16 where the CPU can. ``blocks``: rectangles of the lower triangle through
 BLAS, which every device has; on CUDA cuBLAS multiplies bf16 and fp16 operands and writes fp32. ``torch``: the full
 product, the definition that the others are tested against.
 
-``LORA_NULL_COVARIANCE_BACKEND`` forces one of them; ``auto`` takes what the data of the architecture says.
+:func:`lora_null.ops.covariance_backend` says which of them a call takes.
 """
 
 import torch
 from torch import Tensor
 
+from ..kernels import syrk
 from ..system import extension
-from ..system.environment import fall_back, requested_covariance_backend
+from .dispatch import covariance_backend
 from .reference import covariance_update_reference, full_precision
 
-__all__ = ["covariance_backend", "covariance_update", "symmetrize_"]
-
-BACKENDS = ("auto", "triton", "compiled", "blocks", "torch")
+__all__ = ["covariance_update", "symmetrize_"]
 
 # Halving stops here. On 2 CPU cores (fp32, d = T = 4096) leaves of 128 to 384 run at 1.79x to 1.81x the full
 # product, 512 at 1.70x (more wasted above the diagonal); a GPU needs larger products to fill its cores.
 _LEAF = {"cpu": 256, "cuda": 1024}
-# Side of the blocks that `symmetrize_` transposes. On the CPU they stay in the cache (d = 4096: 18 ms of one core,
-# against 71 ms in strips of 1024 rows); on a GPU the number of launches counts.
+# Side of the blocks that :func:`symmetrize_` transposes. On the CPU they stay in the cache (d = 4096: 18 ms of one
+# core, against 71 ms in strips of 1024 rows); on a GPU the number of launches counts.
 _MIRROR = {"cpu": 256}
 # Elements of x converted or gathered at a time on the CPU: 64 MiB in fp32.
 _CHUNK = 1 << 24
-# Tokens summed in fp32 on a GPU before they are added to an fp64 C.
-_FLUSH = 8192
 
 
 def covariance_update(C: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Add ``x^T x`` to the lower triangle of ``C`` in place.
 
     Args:
-        C: ``(d, d)`` fp32 or fp64, unit column stride. Only elements on and below the diagonal are results;
-            what lies above is unspecified until `symmetrize_` is called, once, at the end of the stream. With
-            fp64, every 8192 tokens are summed in fp32 and flushed into C on CUDA; on the CPU the product
-            itself is fp64.
-        x: ``(..., d)`` bf16, fp16, fp32 (fp64 only into an fp64 ``C``) on C's device.
+        C: ``(d, d)`` fp32 or fp64, unit column stride, rows that do not overlap. Only elements on and below the
+            diagonal are results; what lies above is unspecified until :func:`symmetrize_` is called, once, at the
+            end of the stream. With fp64, every 8192 tokens are summed in fp32 and flushed into C on CUDA; on the
+            CPU the product itself is fp64.
+        x: ``(..., d)`` bf16, fp16, fp32 (fp64 only into an fp64 ``C``) on C's device, any strides, in other memory
+            than C. Products below fp32's least normal number, 1.2e-38 (of entries below 1e-19), may count as zero: bf16
+            instructions of CPUs and a GPU's additions in its L2 cache flush them.
         mask: bool, ``x.shape[:-1]``; rows where it is False do not count, even if they hold NaN.
 
     Returns:
         ``C`` itself.
 
     Raises:
-        ValueError, TypeError: for shapes, types or devices that do not fit together.
+        ValueError, TypeError: for shapes, types, devices or memory that do not fit together; C is then unchanged.
     """
     _check(C, x, mask)
     torch.ops.lora_null.covariance_update(C, x.detach(), mask)
@@ -72,46 +71,6 @@ def symmetrize_(C: Tensor) -> Tensor:
     return C
 
 
-def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
-    """Return ``triton``, ``compiled``, ``blocks`` or ``torch``: what an update of a ``dtype`` C with ``x`` would take.
-
-    Raises:
-        ValueError: for an unknown ``LORA_NULL_COVARIANCE_BACKEND``.
-        RuntimeError: under ``LORA_NULL_STRICT=1`` if the forced or preferred kernel cannot take the call.
-    """
-    name = requested_covariance_backend(BACKENDS)
-    if name == "auto":
-        if x.device.type != "cuda":
-            return "blocks" if _reason_against_compiled(x, dtype) else "compiled"
-        from ..kernels import config
-
-        d = x.shape[-1]
-        T = x.numel() // max(d, 1)
-        name = config.backend("covariance", x.dtype, config.architecture(x.device), d=d, T=T)
-    if name in ("triton", "compiled"):
-        if name == "triton":
-            from ..kernels import syrk
-
-            reason = syrk.supported(x, dtype=dtype)
-        else:
-            reason = _reason_against_compiled(x, dtype)
-        if reason is not None:
-            fall_back(f"covariance_update ({name})", reason, "blocks through BLAS")
-            name = "blocks"
-    return name
-
-
-def _reason_against_compiled(x: Tensor, dtype: torch.dtype) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}"
-    if dtype != torch.float32:
-        return f"C is {dtype}"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in ("AVX2", "AVX512"):
-        return f"no AVX2 (torch calls this CPU {capability})"
-    return "there is no C++ extension" if extension.load() is None else None
-
-
 def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     if C.dim() != 2 or C.shape[0] != C.shape[1]:
         raise ValueError(f"covariance_update: C must be square (d, d), got shape {tuple(C.shape)}")
@@ -132,8 +91,11 @@ def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
         )
     if C.device != x.device:
         raise ValueError(f"covariance_update: C is on {C.device} and x on {x.device}; allocate C on the input's device")
-    if C.shape[0] > 1 and C.stride(1) != 1:
-        raise ValueError(f"covariance_update: C needs unit column stride, got strides {C.stride()}")
+    if C.shape[0] > 1 and (C.stride(1) != 1 or C.stride(0) < C.shape[0]):
+        raise ValueError(
+            f"covariance_update: C needs unit column stride and rows that do not overlap, got strides {C.stride()}; "
+            "an expanded or transposed C needs .contiguous()"
+        )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
         raise ValueError(
             f"covariance_update: mask is {mask.dtype} {tuple(mask.shape)}, expected bool "
@@ -141,23 +103,45 @@ def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def _check_memory(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    """Refuse operands that lie in C's memory: they would change while they are read.
+
+    From first to last byte: with any strides it cannot be told what lies in between.
+    """
+    begin, end = _bytes(C)
+    for name, tensor in (("x", x), ("mask", mask)):
+        if tensor is None:
+            continue
+        first, last = _bytes(tensor)
+        if first < end and begin < last:
+            raise ValueError(
+                f"covariance_update: {name} lies in the memory of C, which changes while {name} is read; is it a view "
+                f"of C, or of a buffer around it? Pass {name}.clone()"
+            )
+
+
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of the one after its last."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.itemsize
+
+
 @torch.library.custom_op("lora_null::covariance_update", mutates_args=("C",))
 def _covariance_update(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    if x.numel() == 0:
+        return
+    _check_memory(C, x, mask)
     rows = x.reshape(-1, x.shape[-1])
     counts = None if mask is None else mask.reshape(-1)
-    if rows.numel() == 0:
-        return
     name = covariance_backend(x, dtype=C.dtype)
     if name == "triton":
-        from ..kernels import syrk
-
         syrk.covariance_update(C, rows, counts)
     elif name == "torch":
         covariance_update_reference(C, rows, mask=counts)
     elif name == "compiled":
         _compiled(C, rows, counts)
     else:
-        _blocks(C, rows, counts)
+        update_by_blocks(C, rows, counts)
 
 
 @_covariance_update.register_fake
@@ -176,7 +160,7 @@ def _compiled(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
         module.covariance_update(C, x[start : start + step][mask[start : start + step]])
 
 
-def _blocks(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+def update_by_blocks(C: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
     """Update the lower triangle through BLAS: both halves of the diagonal, then the square below them.
 
     Halving gives products that are as square as they can be; rows of blocks would be thin near the top (1.79x
@@ -189,7 +173,7 @@ def _blocks(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     elif on_cpu:
         step = max(_CHUNK // x.shape[1], 256)
     else:
-        step = _FLUSH if C.dtype == torch.float64 else x.shape[0]
+        step = syrk.FLUSH if C.dtype == torch.float64 else x.shape[0]
     with full_precision():
         for start in range(0, x.shape[0], step):
             piece = x[start : start + step]

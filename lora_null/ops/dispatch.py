@@ -1,37 +1,44 @@
-"""Which implementation computes an adapted linear, decided here and nowhere else.
+"""Which implementation computes an adapted linear or a covariance, decided here and nowhere else.
 
-Three ways exist:
+An adapted linear goes one of these ways:
 
-``triton``  fused kernels: base and low-rank product in one accumulator, dy read once for dS and dB;
-``cublas``  the vendor's GEMM (cuBLAS; oneDNN or MKL on CPU) with the low-rank product accumulated into its result;
-``torch``   :mod:`lora_null.ops.reference`, for tensors that only torch's own operators understand.
+``compiled``   C++ calls the vendor's GEMMs, forward and backward, without the interpreter between them;
+``operation``  a custom operation, whose products :func:`plan` gives one by one to
 
-The choice between the first two is made per product, because the best way differs between products: a thin product
-is bound by memory and gains from fusion, a square one is bound by how good the large GEMM is. Times measured by
-``python -m lora_null.ops.tune`` decide where there are any for the architecture; elsewhere the defaults below do.
-``LORA_NULL_LINEAR_BACKEND=triton|cublas|torch`` overrides both.
+               ``triton``  fused kernels: base and low-rank product in one accumulator, dy read once for dS and dB;
+               ``cublas``  the vendor's GEMM (cuBLAS; oneDNN or MKL on CPU), accumulating the low-rank product;
+``traced``     plain operations for torch.compile and torch.export, where a compiler makes more of them;
+``torch``      :mod:`lora_null.ops.reference`, for tensors that only torch's own operators understand.
 
-While torch.compile or torch.export traces, CPU tensors without dropout go through the plain operations as well: see
-:func:`traced_plainly`.
+The choice between ``triton`` and ``cublas`` is made per product, because the best way differs between products: a
+thin product is bound by memory and gains from fusion, a square one is bound by how good the large GEMM is. Times
+measured by ``python -m lora_null.ops.tune`` decide where there are any for the architecture; elsewhere the defaults
+below do. ``LORA_NULL_LINEAR_BACKEND=triton|cublas|torch`` overrides both, ``LORA_NULL_COVARIANCE_BACKEND`` what
+:func:`covariance_backend` says.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..kernels.config import architecture, table
-from ..system.environment import fall_back, requested_backend
+from ..kernels import config, lora, syrk
+from ..system import extension
+from ..system.environment import fall_back, requested_backend, requested_covariance_backend
 from ..system.tensors import PLAIN_TENSORS
 from . import vendor
 
 PRODUCTS = ("project", "forward", "backward_dy", "backward_dx", "backward_dA")
+COVARIANCE_BACKENDS = ("triton", "compiled", "blocks", "torch")
+_NAMESPACES = {"triton": lora, "cublas": vendor}
 
 # Without measurements on an architecture: the pass over dy yields two thin products, for which the vendor reads dy
 # twice and fused code once; every other product is one GEMM, where the vendor's is the safe choice (a fused GEMM
@@ -51,20 +58,26 @@ _TRACED = "; torch.compile traces plain operations"
 
 @dataclass(frozen=True)
 class Plan:
-    """The implementation of each product for one shape.
+    """The implementation of each product for one shape: functions of one signature in both namespaces.
 
     Attributes:
         backends: Product name to ``"triton"`` or ``"cublas"``.
         reasons: Product name to one phrase that says why.
     """
 
+    project: Callable[..., Tensor]
+    forward: Callable[..., Tensor]
+    backward_dy: Callable[..., tuple[Tensor | None, Tensor | None]]
+    backward_dx: Callable[..., Tensor]
+    backward_dA: Callable[..., Tensor]
     backends: dict[str, str]
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str]
 
-    def __getattr__(self, product: str) -> Callable[..., Any]:
-        if product not in PRODUCTS:
-            raise AttributeError(product)
-        return getattr(_namespace(self.backends[product]), product)
+    @classmethod
+    def of(cls, backends: dict[str, str], reasons: dict[str, str]) -> Plan:
+        """Look the functions of ``backends`` up."""
+        functions = {product: getattr(_NAMESPACES[backend], product) for product, backend in backends.items()}
+        return cls(**functions, backends=backends, reasons=reasons)
 
     def __str__(self) -> str:
         return "\n".join(f"{name:12s} {self.backends[name]:7s} {self.reasons[name]}" for name in PRODUCTS)
@@ -75,9 +88,9 @@ def explain(
 ) -> str:
     """Say which implementation :func:`lora_null.ops.lora_linear` takes for these tensors, and why.
 
-    One line per product (projection, forward, the pass over dy, dx, dA), or a single line where the whole call goes
-    through plain torch. Where a compiled model takes another way, the lines say that too. Nothing is computed; the
-    tensors may be on any device.
+    One line per product (projection, forward, the pass over dy, dx, dA), then one that says whether C++ calls them
+    all at once or Python each; or a single line where the whole call goes through plain torch. Where a compiled model
+    takes another way, the lines say that too. Nothing is computed; the tensors may be on any device.
     """
     if requested_backend() == "torch":
         return "torch: LORA_NULL_LINEAR_BACKEND=torch"
@@ -85,46 +98,74 @@ def explain(
     if reason is not None:
         return f"torch: {reason}"
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return str(plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout))
+    module = compiled(x, weight, dropout)
+    if module is None:
+        reason = _reason_against_compiled(x, weight, dropout) or "there is no C++ extension"
+    else:
+        reason = module.reason_against(x, weight, lora_A, lora_B, bias, None, False)
+    caller = "C++     no interpreter between the products" if reason is None else f"Python  {reason}"
+    chosen = plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout)
+    return f"{chosen}\n{'called from':12s} {caller}"
 
 
-def use_reference(x: Tensor, *others: Tensor | None) -> bool:
-    """Say whether this call has to go through plain torch, and log the reason once.
+def compiled(x: Tensor, weight: Tensor, dropout: float = 0.0) -> ModuleType | None:
+    """Return the namespace in C++, or ``None`` where Python knows already that a call is not for it.
 
-    ``others`` are matrices (weight, factors), an already made projection, or a bias.
+    Its functions see the rest (types, shapes, gradients, modes) at less cost, and return ``None`` in their turn for a
+    call that Python has to do, or to say what is wrong with. The interpreter takes longer over a call than the
+    products do wherever there are few tokens.
+    """
+    return None if _reason_against_compiled(x, weight, dropout) else extension.ready()
+
+
+def _reason_against_compiled(x: Tensor, weight: Tensor, dropout: float) -> str | None:
+    if torch.compiler.is_compiling():
+        return "a tracer has to see operations"
+    if requested_backend() not in ("auto", "cublas"):
+        return "LORA_NULL_LINEAR_BACKEND asks for something else"
+    if dropout:
+        return "the dropout mask is made in Python"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is at work"
+    if x.is_cuda and x.numel() * weight.shape[0] >= LAUNCH_BOUND:
+        return "with so many tokens each product is chosen by itself"
+    return None
+
+
+def choose(
+    x: Tensor, weight: Tensor, *others: Tensor | None, dropout: float = 0.0
+) -> Literal["operation", "traced", "torch"]:
+    """Return the way of a call that C++ does not take; why it is the slowest is logged once.
+
+    ``others`` are factors, an already made projection, a bias.
+
+    ``traced`` is for CPUs, where every product is the vendor's GEMM either way, and a compiler that sees them fuses
+    the addition of the low-rank term with what precedes and follows the layer. A decoder layer of Llama-3.2-1B at
+    T = 512 in bf16 gains 1.7 %, with as many bytes kept for the backward. An exported program then needs nothing of
+    this package. Opaque stay: calls with dropout, whose seed is a number to the plain operations and would end the
+    graph; and CUDA, where ``auto`` may choose a Triton kernel for some products. Even where it chooses none, the
+    choice depends on T, which a graph with dynamic shapes does not know, and what a compiler makes of the plain
+    operations there is unmeasured. ``LORA_NULL_LINEAR_BACKEND=torch`` has them traced on any device.
 
     Raises:
         RuntimeError: A fallback is necessary and ``LORA_NULL_STRICT=1``.
     """
-    if requested_backend() == "torch" or transformed():
-        return True
-    reason = reason_against(x, *others)
-    if reason is None:
-        return False
-    fall_back("lora_linear", reason)
-    return True
+    backend = requested_backend()
+    if backend == "torch" or _transformed():
+        return "torch"
+    reason = reason_against(x, weight, *others)
+    if reason is not None:
+        fall_back("lora_linear", reason)
+        return "torch"
+    plainly = torch.compiler.is_compiling() and x.device.type == "cpu" and not dropout and backend == "auto"
+    return "traced" if plainly else "operation"
 
 
-def transformed() -> bool:
+def _transformed() -> bool:
     """Say whether forward-mode differentiation or torch.func is at work, which only torch's own operations follow."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return True
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
-
-
-def traced_plainly(x: Tensor, dropout: float) -> bool:
-    """Say whether a tracer shall see plain torch operations instead of one opaque operation.
-
-    On a CPU every product is the vendor's GEMM either way, and a compiler that sees them fuses the addition of the
-    low-rank term with what precedes and follows the layer. A decoder layer of Llama-3.2-1B at T = 512 in bf16 gains
-    1.7 %, with as many bytes kept for the backward. An exported program then needs nothing of this package.
-
-    Opaque stay: calls with dropout, whose seed is a number to the plain operations and would end the graph; and
-    CUDA, where ``auto`` may choose a Triton kernel for some products. Even where it chooses none, the choice depends
-    on T, which a graph with dynamic shapes does not know, and what a compiler makes of the plain operations there is
-    unmeasured. ``LORA_NULL_LINEAR_BACKEND=torch`` has them traced on any device.
-    """
-    return torch.compiler.is_compiling() and x.device.type == "cpu" and not dropout and requested_backend() == "auto"
 
 
 def reason_against(x: Tensor, *others: Tensor | None) -> str | None:
@@ -148,14 +189,12 @@ def plan(
 ) -> Plan:
     """Choose for rows ``x (T, d)``, or for rows ``dy (T, m)`` with ``d`` given."""
     T, columns = x.shape
-    requested, arch = requested_backend(), architecture(x.device)
+    requested, arch = requested_backend(), config.architecture(x.device)
     if requested == "cublas":
         return _uniform("cublas", "LORA_NULL_LINEAR_BACKEND=cublas")
     if requested == "auto" and arch == "cpu":
         return _uniform("cublas", "CPU tensors go to the vendor's GEMM" + ("" if dropout else _TRACED))
-    from ..kernels.lora import supported
-
-    obstacle = supported(x, x if weight is None else weight, rank=r)
+    obstacle = lora.supported(x, x if weight is None else weight, rank=r)
     if obstacle is None:
         if requested == "triton":
             return _uniform("triton", "LORA_NULL_LINEAR_BACKEND=triton")
@@ -181,12 +220,12 @@ def _choose(arch: str, T: int, d: int, m: int, r: int, dtype: torch.dtype, dropo
             backends[product] = "triton" if triton < cublas else "cublas"
             shape = "T={T}, d={d}, m={m}, r={r}".format(**entry)
             reasons[product] = f"measured at {shape}: triton {triton:g} us, cublas {cublas:g} us"
-    return Plan(backends, reasons)
+    return Plan.of(backends, reasons)
 
 
 @cache
 def _uniform(backend: str, reason: str) -> Plan:
-    return Plan({product: backend for product in PRODUCTS}, {product: reason for product in PRODUCTS})
+    return Plan.of(dict.fromkeys(PRODUCTS, backend), dict.fromkeys(PRODUCTS, reason))
 
 
 def nearest(times: list[dict], product: str, dtype: torch.dtype, T: int, d: int, m: int, r: int) -> dict | None:
@@ -195,24 +234,50 @@ def nearest(times: list[dict], product: str, dtype: torch.dtype, T: int, d: int,
     An entry holds ``product``, ``dtype`` (``"bfloat16"``), ``T``, ``d``, ``m``, ``r``, and the medians
     ``triton_us`` and ``cublas_us``.
     """
-    wanted = {"T": T, "d": d, "m": m, "r": r}
+    sizes = {"T": T, "d": d, "m": m, "r": r}
     name = str(dtype).removeprefix("torch.")
     same = [entry for entry in times if (entry["product"], entry["dtype"]) == (product, name)]
 
     def distance(entry: dict) -> float:
-        return sum(abs(math.log(max(value, 1) / max(entry[key], 1))) for key, value in wanted.items())
+        return sum(abs(math.log(max(value, 1) / max(entry[key], 1))) for key, value in sizes.items())
 
     return min(same, key=distance, default=None)
 
 
 def measured_times(arch: str) -> list[dict]:
     """Return what was measured on ``arch``: shipped with the kernels' data, overlaid by the tuning command's."""
-    return table(arch)["dispatch"].get("linear", [])
+    return config.table(arch)["dispatch"].get("linear", [])
 
 
-def _namespace(backend: str):
-    if backend == "cublas":
-        return vendor
-    from ..kernels import lora
+def covariance_backend(x: Tensor, *, dtype: torch.dtype = torch.float32) -> str:
+    """Return ``triton``, ``compiled``, ``blocks`` or ``torch``: what an update of a ``dtype`` C with ``x`` would take.
 
-    return lora
+    Raises:
+        ValueError: for an unknown ``LORA_NULL_COVARIANCE_BACKEND``.
+        RuntimeError: under ``LORA_NULL_STRICT=1`` if the forced or preferred kernel cannot take the call.
+    """
+    name = requested_covariance_backend(COVARIANCE_BACKENDS)
+    if name == "auto":
+        if x.device.type != "cuda":
+            return "blocks" if reason_against_compiled_covariance(x, dtype) else "compiled"
+        d = x.shape[-1]
+        T = x.numel() // max(d, 1)
+        name = config.backend("covariance", x.dtype, config.architecture(x.device), d=d, T=T)
+    if name in ("triton", "compiled"):
+        reason = syrk.supported(x, dtype=dtype) if name == "triton" else reason_against_compiled_covariance(x, dtype)
+        if reason is not None:
+            fall_back(f"covariance_update ({name})", reason, "blocks through BLAS")
+            name = "blocks"
+    return name
+
+
+def reason_against_compiled_covariance(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Return why C++ cannot add ``x^T x`` into a C of ``dtype``, or ``None`` if it can; builds the extension."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if dtype != torch.float32:
+        return f"C is {dtype}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512"):
+        return f"no AVX2 (torch calls this CPU {capability})"
+    return "there is no C++ extension" if extension.load() is None else None

@@ -6,9 +6,8 @@
     lora_up_linear   the same with S ready made: one projection serves the layers that read the same x
 
 Forward and backward are ``torch.library`` custom operations without in-place effects. ``needs_input_grad`` decides
-what is saved and computed: with A and W frozen, S ``(T, r)`` is kept and x is not. The products themselves come
-from the backend that :mod:`lora_null.ops.dispatch` names. A compiler gets plain operations to trace where
-:func:`lora_null.ops.dispatch.traced_plainly` says so; in eager code C++ makes the vendor's products where it can.
+what is saved and computed: with A and W frozen, S ``(T, r)`` is kept and x is not. Which implementation a call takes,
+:mod:`lora_null.ops.dispatch` says.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..system import extension
 from . import dispatch, linear_autograd, reference
 from .operation import autocast_dtype
 
@@ -63,16 +61,7 @@ def lora_linear(
             dropout inside a CUDA graph that is being captured.
     """
     dropout = _dropout_in_effect(dropout, training)
-    if not dropout and (found := _compiled("lora_linear", x, weight, lora_A, lora_B, bias, None, scaling)) is not None:
-        return found[0]
-    if dispatch.use_reference(x, weight, lora_A, lora_B, bias):
-        return reference.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout=dropout, seed=seed)
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
-    _check(x, weight, bias, lora_A=lora_A, lora_B=lora_B)
-    if dispatch.traced_plainly(x, dropout):
-        return reference.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias)
-    seed = _seed(dropout, seed)
-    return linear_autograd.lora_linear(x, weight, lora_A, lora_B, bias, None, float(scaling), dropout, seed)[0]
+    return _call("lora_linear", x, weight, lora_A, lora_B, bias, None, scaling, dropout, seed)[0]
 
 
 def lora_linear_and_projection(
@@ -91,19 +80,7 @@ def lora_linear_and_projection(
     gradients of S come back to this operation, and ``dS A`` joins x's gradient inside this layer's own product.
     With ``mixing`` the layer's own factor is ``M A``, as in :func:`lora_up_linear`.
     """
-    if (found := _compiled("lora_linear", x, weight, lora_A, lora_B, bias, mixing, scaling)) is not None:
-        return found
-    if dispatch.use_reference(x, weight, lora_A, lora_B, bias, mixing):
-        return reference.lora_linear_and_projection(
-            x, weight, lora_A, lora_B, scaling=scaling, bias=bias, mixing=mixing
-        )
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
-    _check(x, weight, bias, mixing, lora_A=lora_A, lora_B=lora_B)
-    if dispatch.traced_plainly(x, 0.0):
-        return reference.lora_linear_and_projection(
-            x, weight, lora_A, lora_B, scaling=scaling, bias=bias, mixing=mixing
-        )
-    return linear_autograd.lora_linear(x, weight, lora_A, lora_B, bias, mixing, float(scaling), 0.0, None)
+    return _call("lora_linear", x, weight, lora_A, lora_B, bias, mixing, scaling)
 
 
 def lora_up_linear(
@@ -133,27 +110,46 @@ def lora_up_linear(
     Returns:
         ``y (..., m)``. Errors are those of :func:`lora_linear`.
     """
-    if (found := _compiled("lora_up_linear", x, weight, projected, lora_B, bias, mixing, scaling)) is not None:
-        return found
-    if dispatch.use_reference(x, weight, projected, lora_B, bias, mixing):
-        return reference.lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing)
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
-    projected = projected.to(x.dtype)
-    _check(x, weight, bias, mixing, projected=projected, lora_B=lora_B)
-    if dispatch.traced_plainly(x, 0.0):
-        return reference.lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing)
-    return linear_autograd.lora_up_linear(x, weight, projected, lora_B, bias, mixing, float(scaling))
+    return _call("lora_up_linear", x, weight, projected, lora_B, bias, mixing, scaling)
 
 
-def _compiled(name: str, *arguments: Any) -> Any:
-    """Let C++ make the products and their backward; ``None`` where it cannot, or Python has something to say.
+def _call(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mixing: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Any:
+    """Check a call and give it to the implementation that :mod:`lora_null.ops.dispatch` names.
 
-    The interpreter takes longer over a call than the products do wherever there are few tokens.
+    ``lora_linear``, with A as its factor, returns ``(y, S)``; ``lora_up_linear``, with P, returns y.
     """
-    if torch.compiler.is_compiling() or dispatch.transformed() or (module := extension.ready()) is None:
-        return None
-    *tensors, scaling = arguments
-    return getattr(module, name)(*tensors, float(scaling), dispatch.LAUNCH_BOUND)
+    compiled = dispatch.compiled(x, weight, dropout)
+    if compiled is not None:
+        outputs = getattr(compiled, name)(x, weight, factor, lora_B, bias, mixing, float(scaling))
+        if outputs is not None:
+            return outputs
+    projected = name == "lora_up_linear"
+    way = dispatch.choose(x, weight, factor, lora_B, bias, mixing, dropout=dropout)
+    if way != "torch":
+        x, weight, bias = _cast_for_autocast(x, weight, bias)
+        factor = factor.to(x.dtype) if projected else factor
+        _check(x, weight, factor, lora_B, bias, mixing, projected)
+    if way == "operation":
+        if projected:
+            return linear_autograd.lora_up_linear(x, weight, factor, lora_B, bias, mixing, float(scaling))
+        words = _seed(dropout, seed)
+        return linear_autograd.lora_linear(x, weight, factor, lora_B, bias, mixing, float(scaling), dropout, words)
+    if projected:
+        return reference.lora_up_linear(x, weight, factor, lora_B, scaling=scaling, bias=bias, mixing=mixing)
+    return reference.lora_linear_and_projection(
+        x, weight, factor, lora_B, scaling=scaling, bias=bias, mixing=mixing, dropout=dropout, seed=seed
+    )
 
 
 def _dropout_in_effect(dropout: float, training: bool) -> float:
@@ -185,40 +181,39 @@ def _cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
 
 def _check(
     x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    mixing: Tensor | None = None,
-    **factors: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    mixing: Tensor | None,
+    projected: bool,
 ) -> None:
-    d = x.shape[-1] if x.ndim else None
-    lora_A, lora_B, projected = (factors.get(name) for name in ("lora_A", "lora_B", "projected"))
-    if weight is not None and weight.shape[1] != d:
+    d, m = x.shape[-1] if x.ndim else None, weight.shape[0]
+    if weight.shape[1] != d:
         raise ValueError(
             f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}: expected x (..., d) and weight (m, d) with the "
             "same d. A weight stored as (d, m), as in GPT-2's Conv1D, has to be transposed."
         )
-    if weight is not None and weight.dtype != x.dtype:
+    if weight.dtype != x.dtype:
         raise TypeError(
             f"x is {x.dtype} and weight {weight.dtype}: expected the same dtype. Often x comes from a normalisation "
             "kept in fp32; run the model under torch.autocast, or cast x."
         )
-    if lora_A is not None and lora_A.shape[1] != d:
-        raise ValueError(f"lora_A is {tuple(lora_A.shape)}, but x has {d} features: expected (r, {d}).")
-    if projected is not None and projected.shape[:-1] != x.shape[:-1]:
+    if not projected and factor.shape[1] != d:
+        raise ValueError(f"lora_A is {tuple(factor.shape)}, but x has {d} features: expected (r, {d}).")
+    if projected and factor.shape[:-1] != x.shape[:-1]:
         raise ValueError(
-            f"projected is {tuple(projected.shape)} and x {tuple(x.shape)}: expected the same leading dimensions; "
+            f"projected is {tuple(factor.shape)} and x {tuple(x.shape)}: expected the same leading dimensions; "
             "was the projection made from another x?"
         )
-    if weight is None or lora_B is None:
-        return
-    r = lora_A.shape[0] if lora_A is not None else projected.shape[-1] if projected is not None else None
+    r = factor.shape[-1] if projected else factor.shape[0]
     if mixing is not None:
         if mixing.ndim != 2 or mixing.shape[1] != r:
             raise ValueError(f"mixing is {tuple(mixing.shape)}: expected (r, {r}) for a projection of rank {r}.")
         if mixing.requires_grad:
             raise ValueError("mixing requires a gradient, but is a constant here; multiply it into lora_B instead.")
         r = mixing.shape[0]
-    if tuple(lora_B.shape) != (weight.shape[0], r):
-        raise ValueError(f"lora_B is {tuple(lora_B.shape)}: expected (m, r) = ({weight.shape[0]}, {r}).")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias is {tuple(bias.shape)}: expected (m,) = ({weight.shape[0]},).")
+    if tuple(lora_B.shape) != (m, r):
+        raise ValueError(f"lora_B is {tuple(lora_B.shape)}: expected (m, r) = ({m}, {r}).")
+    if bias is not None and tuple(bias.shape) != (m,):
+        raise ValueError(f"bias is {tuple(bias.shape)}: expected (m,) = ({m},).")

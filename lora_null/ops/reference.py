@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..kernels.dropout import keep_mask
+
 
 def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
     """Zero the entries of ``x (..., d)`` that the mask of ``seed`` drops and divide the others by ``1 - dropout``.
@@ -20,8 +22,6 @@ def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
     The mask depends on ``seed`` and on an entry's row and column alone: whoever knows the seed can make it again,
     so nobody stores it.
     """
-    from ..kernels.lora import keep_mask
-
     T, d = x.shape[:-1].numel(), x.shape[-1]
     keep = keep_mask(T, d, dropout=dropout, seed=seed, device=x.device).view(x.shape)
     return torch.where(keep, x / (1.0 - dropout), 0.0)
@@ -65,8 +65,9 @@ def lora_linear(
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """Return ``x W^T + s drop(x) A^T B^T + bias``; see :func:`lora_null.ops.lora_linear`."""
-    kept = dropped(x, dropout, int(draw_seed() if seed is None else seed)) if dropout and training else x
-    return lora_up_linear(x, weight, linear(kept, lora_A.to(x.dtype)), lora_B, scaling=scaling, bias=bias)
+    return lora_linear_and_projection(
+        x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout=dropout if training else 0.0, seed=seed
+    )[0]
 
 
 def lora_linear_and_projection(
@@ -78,15 +79,18 @@ def lora_linear_and_projection(
     scaling: float = 1.0,
     bias: Tensor | None = None,
     mixing: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(y, x A^T)``; see :func:`lora_null.ops.lora_linear_and_projection`."""
-    projected = linear(x, lora_A.to(x.dtype))
+    """Return ``(y, drop(x) A^T)``; see :func:`lora_null.ops.lora_linear_and_projection`."""
+    kept = dropped(x, dropout, int(draw_seed() if seed is None else seed)) if dropout else x
+    projected = linear(kept, lora_A.to(x.dtype))
     return lora_up_linear(x, weight, projected, lora_B, scaling=scaling, bias=bias, mixing=mixing), projected
 
 
 def covariance_update_reference(C: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Compute `covariance_update` by its definition: the full ``C += x^T x`` in C's type, both triangles."""
-    rows = x.detach().reshape(-1, x.shape[-1]).to(C.dtype)
+    """Compute the full ``C += x^T x`` in C's type, both triangles; see :func:`lora_null.ops.covariance_update`."""
+    rows = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]).to(C.dtype)
     if mask is not None:
         rows = rows.masked_fill(~mask.reshape(-1, 1), 0)
     with full_precision():

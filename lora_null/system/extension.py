@@ -16,15 +16,10 @@ from types import ModuleType
 import filelock
 import torch
 
+from .build_flags import compile_flags, digest
 from .environment import cache_folder, switched_on
 from .log import logger, warn_once
 
-_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
-if sys.platform.startswith("linux"):
-    # at::parallel_for is a header with a pragma: without OpenMP it runs on one thread. No library is linked for it,
-    # so that torch's own OpenMP runtime, whose threads torch.set_num_threads counts, answers.
-    _FLAGS.append("-fopenmp")
-_SUFFIXES = {".cpp", ".h"}
 _NAME = "lora_null_extension"
 _loaded: dict[str, ModuleType | None] = {}
 
@@ -40,13 +35,8 @@ def source_folder() -> Path | None:
 
 def _fingerprint(folder: Path) -> str:
     """Hash everything that the binary depends on, so that no build is ever reused for something else."""
-    digest = hashlib.sha256()
-    for part in (sys.version, torch.__version__, torch.version.cuda, torch.version.git_version, *_FLAGS):
-        digest.update(f"{part}\0".encode())
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _SUFFIXES:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    parts = (sys.version, torch.__version__, torch.version.cuda, torch.version.git_version, digest(folder))
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def build(folder: Path | None = None) -> ModuleType:
@@ -70,7 +60,7 @@ def build(folder: Path | None = None) -> ModuleType:
         return cpp_extension.load(
             name=_NAME,
             sources=[str(path) for path in sorted(folder.glob("*.cpp"))],
-            extra_cflags=_FLAGS,
+            extra_cflags=compile_flags(folder),
             build_directory=str(build_folder),
         )
 
@@ -96,23 +86,20 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = path
 
 
-def _outdated(module: ModuleType) -> bool:
-    """Whether a checkout's sources changed after ``module`` was built from them; an installed package has no such."""
-    folder, built = source_folder(), Path(module.__file__ or "")
-    # beside an installed package, a folder csrc is somebody else's
-    if folder is None or folder.parent == Path(__file__).resolve().parent.parent or not built.is_file():
-        return False
-    return any(path.stat().st_mtime > built.stat().st_mtime for path in folder.iterdir() if path.suffix in _SUFFIXES)
-
-
 def _built_ahead() -> ModuleType | None:
     if switched_on("LORA_NULL_NO_EXTENSION"):
         return None
     try:
         module = importlib.import_module("lora_null._C")
-        if not _outdated(module):
+        folder = source_folder()
+        if folder is None or getattr(module, "sources", None) == digest(folder):
             return module
-        logger.info("lora_null._C is older than its sources in this checkout; it is not used")
+        warn_once(
+            "outdated extension",
+            f"lora_null._C was built from other sources than those in {folder}, and is not used: linears are called "
+            "from Python, and what needs C++ is compiled on first use. Build it again with `python setup.py build_ext "
+            "--inplace`, or install the package again.",
+        )
     except ImportError as error:
         # Missing is the ordinary case of an isolated install; a binary of another torch fails with undefined
         # symbols. Both end in a build for this torch where something asks for one.
@@ -151,10 +138,8 @@ def ready() -> ModuleType | None:
 
     For code that works without it and shall not wait a minute for it.
     """
-    try:
+    if "module" in _loaded:
         return _loaded["module"]
-    except KeyError:
-        pass
     if "ahead" not in _loaded:
         _loaded["ahead"] = _built_ahead()
     return _loaded["ahead"]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from kernel_tools import truncation, wide_product
 
 from lora_null import ops
-from lora_null.ops import covariance
+from lora_null.ops import covariance, dispatch
+from lora_null.system import extension
 
 
 def samples(T: int, d: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -119,7 +121,8 @@ def test_conversion_in_chunks_changes_nothing(monkeypatch):
 
 
 compiled = pytest.mark.skipif(
-    covariance._reason_against_compiled(torch.zeros(1, 1), torch.float32) is not None, reason="no compiled kernel here"
+    dispatch.reason_against_compiled_covariance(torch.zeros(1, 1), torch.float32) is not None,
+    reason="no compiled kernel here",
 )
 
 
@@ -183,9 +186,9 @@ def test_onednn_told_to_have_no_bf16_instructions():
 
 
 def test_without_the_extension_blas_computes_it(monkeypatch):
-    monkeypatch.setattr(covariance.extension, "load", lambda: None)
+    monkeypatch.setattr(extension, "load", lambda: None)
     assert ops.covariance_update(torch.zeros(4, 4), torch.ones(3, 4))[0, 0] == 3
-    assert covariance.covariance_backend(torch.ones(3, 4)) == "blocks"
+    assert ops.covariance_backend(torch.ones(3, 4)) == "blocks"
     monkeypatch.setenv("LORA_NULL_COVARIANCE_BACKEND", "compiled")
     monkeypatch.setenv("LORA_NULL_STRICT", "1")
     with pytest.raises(RuntimeError, match=r"no C\+\+ extension"):
@@ -225,12 +228,51 @@ def test_symmetrize_mirrors_the_lower_triangle(d):
         (torch.zeros(4, 4).expand(4, 4)[:, :], torch.zeros(3, 4), torch.ones(3), "bool"),
         (torch.zeros(4, 4), torch.zeros(3, 4), torch.ones(4, dtype=torch.bool), r"\(3,\)"),
         (torch.zeros(4, 8)[:, ::2], torch.zeros(3, 4), None, "stride"),
+        (torch.zeros(4).expand(4, 4), torch.zeros(3, 4), None, "do not overlap"),
+        (torch.zeros(10).as_strided((4, 4), (2, 1)), torch.zeros(3, 4), None, "do not overlap"),
         (torch.zeros(4, 4, device="meta"), torch.zeros(3, 4), None, "device"),
     ],
 )
 def test_wrong_calls_are_explained(C, x, mask, error):
     with pytest.raises((ValueError, TypeError), match=error):
         ops.covariance_update(C, x, mask=mask)
+
+
+def one_memory(where):
+    """C, and an x that lies in its memory or beside it."""
+    numbers = np.arange(40, dtype=np.float32)
+    C = torch.from_numpy(numbers)[:16].view(4, 4)
+    x = {
+        "C": C,
+        "its rows": C[1:3],
+        "its columns": C.t()[1:],
+        "another storage": torch.from_numpy(numbers[12:20]).view(2, 4),
+        "the next bytes": torch.from_numpy(numbers)[16:24].view(2, 4),
+    }[where]
+    return C, x
+
+
+@pytest.mark.parametrize("where", ["C", "its rows", "its columns", "another storage"])
+def test_x_in_the_memory_of_C_is_refused(backend, where):
+    C, x = one_memory(where)
+    before = C.clone()
+    with pytest.raises(ValueError, match=r"x lies in the memory of C.*x\.clone"):
+        ops.covariance_update(C, x)
+    assert torch.equal(C, before)
+    ops.covariance_update(C, x.clone())
+
+
+def test_x_beside_C_is_taken(backend):
+    C, x = one_memory("the next bytes")
+    want = C + x.t() @ x
+    assert torch.equal(ops.covariance_update(C, x).tril(), want.tril())
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 0), (0, 0)], ids=str)
+def test_no_features_are_no_work(backend, shape):
+    C, x = torch.zeros(0, 0), torch.zeros(shape)
+    assert ops.covariance_update(C, x, mask=torch.ones(shape[:-1], dtype=torch.bool)) is C
+    assert ops.covariance_update_reference(C, x).shape == ops.symmetrize_(C).shape == (0, 0)
 
 
 def test_unknown_backend_is_named(monkeypatch):

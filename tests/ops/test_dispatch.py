@@ -1,6 +1,7 @@
 """The choice between implementations, its overrides, and what a user is told about it."""
 
 import logging
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from lora_null import ops
 from lora_null.ops import dispatch
-from lora_null.system import log
+from lora_null.system import extension, log
 
 
 def operands(dtype=torch.float32, T=5, d=8, m=6, r=2):
@@ -30,9 +31,42 @@ def fresh(monkeypatch):
 
 
 def test_cpu_goes_to_the_vendor():
-    text = ops.explain(*operands())
-    assert [line.split()[:2] for line in text.splitlines()] == [[name, "cublas"] for name in dispatch.PRODUCTS]
-    assert "CPU" in text
+    *products, caller = ops.explain(*operands()).splitlines()
+    assert [line.split()[:2] for line in products] == [[name, "cublas"] for name in dispatch.PRODUCTS]
+    assert all("CPU" in line for line in products) and caller.startswith("called from")
+
+
+@pytest.mark.skipif(extension.load() is None, reason="no C++ extension")
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, "C++     no interpreter"),
+        ({"dropout": 0.5}, "Python  the dropout mask"),
+        ({"bias": torch.zeros(7)}, "Python  the shapes do not fit"),
+        ({"weight": torch.zeros(6, 8, requires_grad=True)}, "Python  the weight requires a gradient"),
+        ({"lora_B": torch.zeros(6, 2, dtype=torch.float8_e4m3fn)}, "Python  a tensor is not a dense one of bf16"),
+        ({"x": torch.zeros(5, 8, dtype=torch.float64)}, "Python  x, the weight and the bias differ in type"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_explain_says_whether_cpp_calls(monkeypatch, change, reason):
+    """And the call goes where it says."""
+    x, weight, lora_A, lora_B = operands()
+    arguments = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B} | change
+    assert reason in ops.explain(**arguments)
+    by_python = []
+    monkeypatch.setattr(dispatch, "choose", lambda *a, **k: by_python.append(1) or "torch")
+    with suppress(RuntimeError):
+        ops.lora_linear(**arguments)
+    assert bool(by_python) == ("Python" in reason)
+
+
+def test_explain_without_cpp(monkeypatch):
+    monkeypatch.setattr(extension, "ready", lambda: None)
+    assert "Python  there is no C++ extension" in ops.explain(*operands())
+    monkeypatch.setattr(extension, "ready", extension.load)
+    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", "triton")
+    assert "Python  LORA_NULL_LINEAR_BACKEND asks" in ops.explain(*operands())
 
 
 def test_override_to_plain_torch(monkeypatch):

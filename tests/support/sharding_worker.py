@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_null
 from lora_null import LoraNullConfig
 from lora_null.adapters.layer import adapter_layers
-from lora_null.ops import vendor
+from lora_null.ops import dispatch, vendor
 
 
 def tokens(seed, batch=4):
@@ -302,6 +302,7 @@ def other_factors(found, folder):
 def projections(found, folder):
     """Count the projections of one pass: sharing groups work under DDP, and with frozen factors kept out of FSDP2."""
     results, project = {}, vendor.project
+    dispatch._uniform = dispatch._uniform.__wrapped__  # which remembers functions
     for case in ("ddp", "fsdp2", "fsdp2, frozen A ignored"):
         model = adapted(found)
         frozen = {layer.lora_A.weight for layer in adapter_layers(model).values()}

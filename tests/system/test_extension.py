@@ -72,28 +72,43 @@ def test_failing_compiler_gives_one_warning_and_the_same_result(forget, monkeypa
     assert spaces[0].energy == pytest.approx(float(C.diagonal()[:4].sum()), rel=1e-3)
 
 
-def test_binary_older_than_the_sources_of_a_checkout_is_built_again(forget, monkeypatch, tmp_path):
-    binary = tmp_path / "_C.so"
-    binary.touch()
-    stale = types.SimpleNamespace(__file__=str(binary))
-    monkeypatch.setitem(sys.modules, "lora_null._C", stale)
+@pytest.fixture
+def binary(forget, monkeypatch, tmp_path):
+    """A binary of the sources in a folder, older than they are by its time; a build gives a string."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "_C.so"
+    path.touch()
+    os.utime(path, (0, 0))
+    module = types.SimpleNamespace(__file__=str(path), sources=extension.digest(tmp_path / "csrc"))
+    monkeypatch.setitem(sys.modules, "lora_null._C", module)
+    monkeypatch.setattr(extension, "source_folder", lambda: tmp_path / "csrc")
     monkeypatch.setattr(extension, "build", lambda: "built anew")
-    os.utime(binary, (0, 0))
+    return module
+
+
+def test_binary_of_the_same_sources_is_used_whatever_the_times_of_files(binary, caplog):
+    assert extension.ready() is binary and extension.load() is binary
+    assert not caplog.records
+
+
+def test_binary_of_other_sources_is_built_again_and_not_in_silence(binary, tmp_path, caplog):
+    header = tmp_path / "csrc" / "null_space.h"
+    header.write_text(header.read_text() + "\n")
+    os.utime(header, (0, 0))
+    with caplog.at_level(logging.WARNING, "lora_null"):
+        assert extension.ready() is None
+        assert extension.load() == "built anew"
+    assert len(caplog.records) == 1 and "other sources" in caplog.text and "build_ext" in caplog.text
+
+
+def test_binary_from_before_it_named_its_sources_is_outdated(binary):
+    del binary.sources
     assert extension.load() == "built anew"
-    extension._loaded.clear()
-    os.utime(binary)
-    assert extension.load() is stale
 
 
-def test_binary_of_an_installed_package_is_never_outdated(monkeypatch, tmp_path):
-    for source in ("lora_null/csrc/bindings.cpp", "csrc/another_package.cpp"):
-        (tmp_path / source).parent.mkdir(parents=True)
-        (tmp_path / source).touch()
-    binary = tmp_path / "lora_null" / "_C.so"
-    binary.touch()
-    os.utime(binary, (0, 0))
-    monkeypatch.setattr(extension, "__file__", str(tmp_path / "lora_null" / "system" / "extension.py"))
-    assert not extension._outdated(types.SimpleNamespace(__file__=str(binary)))
+@pytest.mark.skipif(extension.load() is None, reason="the extension is not built here")
+def test_the_binary_names_its_sources():
+    assert extension.load().sources == extension.digest(extension.source_folder())
 
 
 def test_cache_folder_follows_the_environment(monkeypatch):
