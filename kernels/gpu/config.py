@@ -4,7 +4,7 @@ A file maps a kernel's name and the element size of its operands to a list of en
 holds bounds on the sizes of a call (``d_max``, ``T_min``, ``r_max``, ...); the first entry whose bounds all
 hold is used, and the last one has none. Nothing is tuned while a model trains: two ranks that time the same
 kernels would choose differently, and their sums would differ in the last bits. ``python -m
-lora_null.kernels.tune`` measures and rewrites the data.
+lora_null.ops.tune`` measures and rewrites the data.
 """
 
 import json
@@ -171,14 +171,14 @@ def shipped(arch: str) -> dict[str, Any]:
 def table(arch: str) -> dict[str, Any]:
     """Return the data of ``arch``: the package's, overlaid with what the tuning commands measured here.
 
-    Read once per process; `save_tuned` makes the next call read again.
+    Read once per process; ``save_tuned`` makes the next call read again.
     """
     path = tuned_path(arch)
     return _overlaid(shipped(arch), json.loads(path.read_text())) if path.exists() else shipped(arch)
 
 
 def save_tuned(arch: str, over: dict[str, Any]) -> Path:
-    """Overlay the tuned data of ``arch`` with ``over``, a table like `table`'s, and return the file's path."""
+    """Overlay the tuned data of ``arch`` with ``over``, a table like ``table``'s, and return the file's path."""
     path = tuned_path(arch)
     before = json.loads(path.read_text()) if path.exists() else {}
     data = _overlaid({"dispatch": {}, "kernels": {}, **before}, over)

@@ -1,17 +1,12 @@
 """Time launch configurations on this machine's GPU and keep the fastest as data.
 
-    python -m lora_null.kernels.tune [--dtype bfloat16] [--kernels syrk linear project outer dy] [--minutes 8]
+The command is ``python -m lora_null.ops.tune``, which then measures where these kernels beat the vendor's.
 
-Every candidate runs on the sizes of `SIZES`; one that does not compile, does not fit, or whose results are not as
-good as torch's is passed over. The winners, with bounds halfway (geometrically) between the sizes, go to
-``LORA_NULL_CACHE``, in front of the shipped entries, which stay for what the winners do not cover; the file is
-written after every size, so that an interrupted run keeps what it knows. Nothing is ever timed while a model trains.
-
-Which implementation computes a product, these kernels or the vendor's, is measured afterwards, by
-``python -m lora_null.ops.tune`` and ``python -m lora_null.ops.tune_covariance``.
+Every candidate runs on the sizes of ``SIZES``; one that does not compile, does not fit, or whose results are not as
+good as torch's is passed over. The winners, with bounds halfway (geometrically) between the sizes, stand in front of
+the shipped entries, which stay for what the winners do not cover.
 """
 
-import argparse
 import logging
 import os
 import time
@@ -26,7 +21,7 @@ from torch import Tensor
 
 from . import config, lora, runtime, syrk
 
-__all__ = ["SIZES", "Workload", "candidates", "compile_ahead", "main", "measure", "verifier"]
+__all__ = ["SIZES", "Workload", "candidates", "compile_ahead", "measure", "verifier"]
 
 logger = logging.getLogger("lora_null")
 
@@ -110,7 +105,7 @@ class Workload:
 
 
 def workload(kernel: str, size: int, dtype: torch.dtype, device: str) -> Workload:
-    """Return ``kernel`` at ``size`` (of what `SIZES` names) on random activations."""
+    """Return ``kernel`` at ``size`` (of what ``SIZES`` names) on random activations."""
 
     def normal(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=device).mul_(columns**-0.5).to(dtype)
@@ -206,14 +201,14 @@ def measure(
     """Yield, after every size of every kernel, a table overlay with the fastest candidates known for that kernel.
 
     Args:
-        kernels: Keys of `SIZES`.
+        kernels: Keys of ``SIZES``.
         dtype: Of the operands.
         arch: Whose candidates.
         median_ms: Times a call in ms; it may raise what Triton raises for a candidate that does not fit.
         device: Where.
         deadline: On ``time.monotonic()``; afterwards nothing more is timed.
-        verified: As `verifier`.
-        prepare: As `compile_ahead`.
+        verified: As ``verifier``.
+        prepare: As ``compile_ahead``.
     """
     bits = "32" if dtype.itemsize >= 4 else "16"
     for kernel in kernels:
@@ -255,33 +250,3 @@ def bounds(name: str, sizes: tuple[int, ...]) -> list[dict[str, int]]:
     """Return the ``when`` of each size: up to the geometric mean with the next one, the last without end."""
     middles = [round((a * b) ** 0.5) for a, b in pairwise(sizes)]
     return [{f"{name}_max": middle} for middle in middles] + [{}]
-
-
-def main() -> None:
-    """Measure on the current CUDA device and write the result."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], prog="python -m lora_null.kernels.tune")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--kernels", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing more after this time")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: the kernels run on CUDA devices only")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    import triton
-    from triton.testing import do_bench
-
-    arch, device = config.architecture("cuda"), torch.cuda.get_device_name()
-    source = f"timed on {device}, torch {torch.__version__}, triton {triton.__version__}"
-    for overlay in measure(
-        arguments.kernels,
-        getattr(torch, arguments.dtype),
-        arch,
-        lambda call: do_bench(call, return_mode="median"),
-        deadline=time.monotonic() + 60 * arguments.minutes,
-    ):
-        path = config.save_tuned(arch, {**overlay, "source": source})
-    logger.info("written to %s", path)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lora_null.kernels import config, lora, runtime, syrk, tune
 
-from lora_null.ops import dispatch, tune_covariance, vendor
+from lora_null.ops import dispatch, vendor
 from lora_null.ops import tune as ops_tune
 
 
@@ -160,8 +160,8 @@ def test_every_workload_runs_its_own_kernel(monkeypatch):
 
 def test_covariance_choice_follows_the_times(monkeypatch):
     launched_with(monkeypatch)
-    monkeypatch.setattr(tune_covariance, "WIDTHS", (64, 256))
-    monkeypatch.setattr(tune_covariance, "TOKENS", (32, 128))
+    monkeypatch.setattr(ops_tune, "WIDTHS", (64, 256))
+    monkeypatch.setattr(ops_tune, "TOKENS", (32, 128))
     calls = []
     monkeypatch.setattr(syrk, "covariance_update", lambda C, x: calls.append("triton") or C.addmm_(x.t(), x))
 
@@ -170,11 +170,11 @@ def test_covariance_choice_follows_the_times(monkeypatch):
         call()
         return 1.0 if calls else 2.0
 
-    overlay = tune_covariance.measure(torch.float32, "cpu", fake)
+    overlay = ops_tune.measure_covariance(torch.float32, "cpu", fake)
     entries = overlay["dispatch"]["covariance"]["32"]
     assert [entry["backend"] for entry in entries] == ["triton"] * 4
     monkeypatch.setattr(syrk, "covariance_update", lambda C, x: calls.append("triton") or C.addmm_(x.t(), x.abs()))
-    wrong = tune_covariance.measure(torch.float32, "cpu", fake)["dispatch"]["covariance"]["32"]
+    wrong = ops_tune.measure_covariance(torch.float32, "cpu", fake)["dispatch"]["covariance"]["32"]
     assert [entry["backend"] for entry in wrong] == ["blocks"] * 4, "the faster one is wrong"
     config.save_tuned("sm_90", overlay)
     assert config.backend("covariance", torch.float32, "sm_90", d=100000, T=100000) == "triton"
@@ -189,13 +189,41 @@ def test_a_broken_kernel_is_not_chosen_for_the_linear(monkeypatch, broken):
     else:
         for product in dispatch.PRODUCTS:
             monkeypatch.delattr(lora, product)
-    entries = list(ops_tune.measure([(16, 24, 8, 4)], torch.float32, "cpu", lambda call: 1.0))
+    entries = list(ops_tune.measure_linear([(16, 24, 8, 4)], torch.float32, "cpu", lambda call: 1.0))
     assert [entry["product"] for entry in entries] == list(dispatch.PRODUCTS)
-    assert {(entry["triton_us"], entry["cublas_us"]) for entry in entries} == {(ops_tune.ENDLESS, 1000.0)}
+    assert {(entry["triton_us"], entry["cublas_us"]) for entry in entries} == {(1e3 * ops_tune.ENDLESS, 1000.0)}
 
 
-def doubled(found):
-    return tuple(map(doubled, found)) if isinstance(found, tuple) else 2 * found
+def doubled(result):
+    return tuple(map(doubled, result)) if isinstance(result, tuple) else 2 * result
+
+
+@pytest.mark.parametrize("only", [("kernels",), ("covariance",), ("linear",), ("kernels", "covariance", "linear")])
+def test_one_command_tunes_what_it_is_asked_for(monkeypatch, only):
+    pytest.importorskip("triton")
+    overlays = {
+        "kernels": {"kernels": {"outer": {"16": [{"BLOCK_T": 1}]}}},
+        "covariance": {"dispatch": {"covariance": {"16": [{"backend": "triton"}]}}},
+    }
+    monkeypatch.setattr(sys, "argv", ["tune", "--only", *only, "--tokens", "8", "--ranks", "4"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "measure", lambda *a, **k: iter([overlays["kernels"]]))
+    monkeypatch.setattr(ops_tune, "measure_covariance", lambda *a: overlays["covariance"])
+
+    def measure_linear(shapes, *arguments):
+        sizes = dict(zip("Tdmr", shapes[0], strict=True))
+        return [{"product": "forward", "dtype": "bfloat16", **sizes}]
+
+    monkeypatch.setattr(ops_tune, "measure_linear", measure_linear)
+    ops_tune.main()
+    written = json.loads(config.tuned_path("sm_90").read_text())
+    assert set(written["kernels"]) == ({"outer"} if "kernels" in only else set())
+    assert ("source" in written) == ("kernels" in only)
+    assert set(written["dispatch"]) == {part for part in ("covariance", "linear") if part in only}
+    if "linear" in only:
+        assert [entry["m"] for entry in written["dispatch"]["linear"]] == [m for m, _ in ops_tune.LAYERS]
 
 
 def test_package_loads_without_triton():

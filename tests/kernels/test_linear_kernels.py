@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from kernel_tools import DEVICE, DTYPES, needs_device
-from lora_null.kernels import lora
+from lora_null.kernels import config, lora
 
 from lora_null import ops
 from lora_null.ops import dispatch, tune
@@ -23,6 +23,7 @@ def calls(monkeypatch):
     """Ask for the kernels, without fallback, and record which launchers were used."""
     monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", "triton")
     monkeypatch.setenv("LORA_NULL_STRICT", "1")
+    monkeypatch.setattr(dispatch, "_uniform", dispatch._uniform.__wrapped__)
     used = []
     for name in dispatch.PRODUCTS:
         launcher = getattr(lora, name)
@@ -117,16 +118,16 @@ def test_measured_times_decide(monkeypatch, tmp_path):
         assert time.perf_counter() > start
         return next(ticks) * 1e-3
 
-    entries = list(tune.measure([(8, 16, 16, 4), (64, 16, 16, 4)], torch.float32, DEVICE, pretend))
+    entries = list(tune.measure_linear([(8, 16, 16, 4), (64, 16, 16, 4)], torch.float32, DEVICE, pretend))
     assert len(entries) == 10 and entries[3]["product"] == "backward_dx"
     entries[3]["triton_us"], entries[3]["cublas_us"] = 5.0, 4.0
-    path = tune.write(dispatch.architecture(DEVICE), entries)
-    tune.write(dispatch.architecture(DEVICE), [{**entries[0], "dtype": "float16"}])
+    path = tune.save_linear(config.architecture(DEVICE), entries)
+    tune.save_linear(config.architecture(DEVICE), [{**entries[0], "dtype": "float16"}])
     assert len(json.load(open(path))["dispatch"]["linear"]) == 11
     dispatch._choose.cache_clear()
-    chosen = dispatch._choose(dispatch.architecture(DEVICE), 9, 16, 16, 4, torch.float32, False)
+    chosen = dispatch._choose(config.architecture(DEVICE), 9, 16, 16, 4, torch.float32, False)
     assert chosen.backends["backward_dx"] == "cublas" and chosen.backends["forward"] == "triton"
     assert "triton 5 us, cublas 4 us" in chosen.reasons["backward_dx"]
-    chosen = dispatch._choose(dispatch.architecture(DEVICE), 60, 16, 16, 4, torch.float32, False)
+    chosen = dispatch._choose(config.architecture(DEVICE), 60, 16, 16, 4, torch.float32, False)
     assert chosen.backends["backward_dx"] == "triton"
     dispatch._choose.cache_clear()
