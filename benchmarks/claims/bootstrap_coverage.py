@@ -1,0 +1,31 @@
+"""How often intervals over twelve documents hold the true mean."""
+
+import torch
+
+from . import Found
+
+SOURCE = "lora_null/evaluation/intervals.py"
+QUOTE = "at 12 documents it covers 92 to 96 % where the plain one has 89 to 91 %"
+TIMED = False
+
+
+def measure() -> Found:
+    """Draw normal and skewed documents a thousand times."""
+    from lora_null.evaluation import intervals
+
+    found = {}
+    for kind, mean in (("normal", 0.0), ("exponential", 1.0)):
+        covered = {"widened": 0, "plain": 0}
+        for seed in range(1000):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(12, generator=generator, dtype=torch.float64)
+            x = x if kind == "normal" else torch.empty_like(x).exponential_(generator=generator)
+            estimate = intervals.estimates({"x": x}, torch.ones(12), resamples=1000, seed=seed)["x"]
+            assert estimate.low is not None and estimate.high is not None
+            covered["widened"] += estimate.low <= mean <= estimate.high
+            means = x[torch.randint(12, (1000, 12), generator=generator)].mean(1)
+            low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            covered["plain"] += low <= mean <= high
+        found[f"{kind}, widened (%)"] = (94.0, covered["widened"] / 10)
+        found[f"{kind}, plain (%)"] = (90.0, covered["plain"] / 10)
+    return found

@@ -1,0 +1,38 @@
+"""What a small adapted layer costs in the interpreter, forward and backward."""
+
+import os
+from functools import partial
+
+import torch
+from torch import nn
+
+from . import Found, milliseconds
+
+SOURCE = "lora_null/ops/dispatch.py"
+QUOTE = "190 us of a 2-core EPYC; 70 us where C++ calls the vendor's GEMMs, 140 us in PEFT"
+TIMED = True
+
+
+def measure() -> Found:
+    """Time the layer through Python's operations, through C++, and in PEFT, at T = 4, d = m = 64, r = 8."""
+    from ..peers import layers
+    from ..questions.linear import frozen_linears
+
+    x, A, B = torch.randn(4, 64, requires_grad=True), torch.randn(8, 64), torch.randn(64, 8)
+
+    def both(holder: nn.Module) -> None:
+        holder.get_submodule("proj")(x).sum().backward()
+
+    calls = {}
+    for name, attach in (("ours", layers.attach_ours), ("PEFT", layers.attach_peft)):
+        holder = frozen_linears({"proj": torch.randn(64, 64)})
+        attach(holder, "proj", A, B, False)
+        calls[name] = partial(both, holder)
+    compiled = milliseconds(calls)
+    os.environ["LORA_NULL_LINEAR_BACKEND"] = "cublas"  # the same products, called from Python
+    try:
+        python = milliseconds({"ours": calls["ours"]})
+    finally:
+        del os.environ["LORA_NULL_LINEAR_BACKEND"]
+    times = {"Python": (190.0, python["ours"]), "C++": (70.0, compiled["ours"]), "PEFT": (140.0, compiled["PEFT"])}
+    return {f"{name} (us)": (claimed, 1e3 * measured) for name, (claimed, measured) in times.items()}
