@@ -48,6 +48,7 @@ setup(
         "lora_null.calibration",
         "lora_null.cli",
         "lora_null.covariances",
+        "lora_null.evaluation",
         "lora_null.models",
         "lora_null.ops",
         "lora_null.peft",

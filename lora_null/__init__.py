@@ -17,6 +17,7 @@ _HOME = {
     "NullBasis": "solver",
     "NullSpace": "solver",
     "calibrate": "calibration",
+    "evaluate": "evaluation",
     "factorize": "solver",
     "initialize": "adapters",
     "load_adapter": "adapters",
@@ -37,6 +38,7 @@ __all__ = [
     "NullSpace",
     "__version__",
     "calibrate",
+    "evaluate",
     "factorize",
     "initialize",
     "load_adapter",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from .calibration.memory_plan import memory_plan
     from .config import LoraNullConfig
     from .covariances import Covariances
+    from .evaluation.evaluate import evaluate
     from .solver.factorize import factorize
     from .solver.null_basis import NullBasis, null_basis
     from .solver.null_space import NullSpace, null_space

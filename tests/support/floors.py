@@ -28,7 +28,11 @@ FLOORS: list[dict[str, str]] = [
         "adapters": "adapted layers; initialize, save, load, merge, export",
         "calibration": "texts to covariances",
     },
-    {"peft": "the same for models that PEFT has prepared", "report": "spectra and adapters in figures"},
+    {
+        "evaluation": "a tuned model beside the pre-trained one",
+        "peft": "the same for models that PEFT has prepared",
+        "report": "spectra and adapters in figures",
+    },
     {"__init__": "the public names, loaded on first use", "quickstart": "the whole way on a real model"},
     {"cli": "the command line"},
 ]

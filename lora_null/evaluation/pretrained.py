@@ -1,0 +1,130 @@
+"""The pre-trained model inside the tuned one: the same weights with the adapters off, whoever attached them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..adapters.layer import adapter_layers, disable_adapters
+
+_INITIAL = "_lora_null_initial"
+# Ways to start in which PEFT itself changes the base weights, and keeps no record of by how much.
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
+    """Refuse a model whose pre-trained state cannot be had.
+
+    Raises:
+        ValueError: There is neither an adapter to switch off nor another model, or switching it off would not give
+            the pre-trained weights.
+    """
+    if base is not None:
+        if base is model:
+            raise ValueError(
+                "base is the model itself; expected the pre-trained model, or None to switch adapters off."
+            )
+        return
+    layers = _peft_layers(model)
+    if not adapter_layers(model) and not layers and not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} carries no adapter, so that there is no before and after. Expected a model with "
+            "an adapter of lora_null or PEFT; for a merged or fully fine-tuned model, pass base=, the pre-trained one."
+        )
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"{merged[0]} has its adapter merged, which switching adapters off would undo. Call unmerge_adapter() "
+            "first, or pass base=, the pre-trained model."
+        )
+    for name, config in getattr(model, "peft_config", {}).items():
+        start = str(getattr(config, "init_lora_weights", "")).lower()
+        if start.startswith(_SHIFTING) and not any(getattr(layer, _INITIAL, None) for layer in layers.values()):
+            raise ValueError(
+                f"The adapter {name!r} began with init_lora_weights={start!r}, by which PEFT changes the base weights: "
+                "without the adapter the model is not the pre-trained one. Pass base=, the pre-trained model."
+            )
+
+
+@contextmanager
+def pretrained(model: nn.Module, base: nn.Module | None = None) -> Iterator[nn.Module]:
+    """Yield the pre-trained model for the length of the block: ``base`` if given, else ``model`` with adapters off.
+
+    On a base that was shifted by ``- s B0 A0``, ours or in PEFT's layers, the initial factors are added back: exact
+    up to the rounding of the shift. Afterwards the same adapters are active and the same parameters trained as before.
+    """
+    if base is not None:
+        yield base
+        return
+    with ExitStack() as stack:
+        stack.enter_context(disable_adapters(model))
+        layers = _peft_layers(model)
+        if layers or hasattr(model, "peft_config"):
+            stack.enter_context(_flags_kept(model))
+            stack.enter_context(_disabled(model, layers))
+            for layer in layers.values():
+                if getattr(layer, _INITIAL, None):
+                    stack.enter_context(_started(layer))
+        yield model
+
+
+def _peft_layers(model: nn.Module) -> dict[str, Any]:
+    # Whoever has not imported PEFT has no layer of it.
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return {}
+    return {name: module for name, module in model.named_modules() if isinstance(module, tuners.BaseTunerLayer)}
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Give every parameter its own ``requires_grad`` back: the end of PEFT's ``disable_adapter`` sets them anew."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _disabled(model: Any, layers: dict[str, Any]) -> Iterator[None]:
+    """Switch off all that PEFT has added, in a ``PeftModel`` or in a model of transformers with adapters."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    before = [(layer, layer.disable_adapters) for layer in layers.values()]
+    try:
+        for layer, _ in before:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, disabled in before:
+            layer.enable_adapters(not disabled)
+
+
+@contextmanager
+def _started(layer: Any) -> Iterator[None]:
+    """Let a layer on a shifted base run with the adapters that it began with, instead of with none."""
+    initial = getattr(layer, _INITIAL)
+    factors = [
+        (part[name].weight, start)
+        for name, pair in initial.items()
+        for part, start in zip((layer.lora_A, layer.lora_B), pair, strict=True)
+    ]
+    trained = [weight.data for weight, _ in factors]
+    active, disabled = layer._active_adapter, layer._disable_adapters
+    try:
+        for weight, start in factors:
+            weight.data = start.to(weight.device, weight.dtype)
+        layer._active_adapter, layer._disable_adapters = list(initial), False
+        yield
+    finally:
+        layer._active_adapter, layer._disable_adapters = active, disabled
+        for (weight, _), data in zip(factors, trained, strict=True):
+            weight.data = data
