@@ -1,5 +1,6 @@
 """Refused patterns are refused: each is planted and found; ``make test`` and the hook run the checks."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -104,3 +105,15 @@ def test_make_test_checks_style_first_and_hands_its_arguments_to_pytest():
     ]
     assert positions == sorted(positions)
     assert "entry: make style" in (style.ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_the_notes_name_every_test_file_and_no_other():
+    folder = style.ROOT / "tests"
+    row = re.compile(r"`(?:(\w+)/)?(test_\w+\.py)`")
+    named = set()
+    for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
+        package = ""
+        for match in row.finditer(line):
+            package = match.group(1) or package
+            named.add(f"{package}/{match.group(2)}")
+    assert named == {path.relative_to(folder).as_posix() for path in folder.glob("*/test_*.py")}
