@@ -49,6 +49,7 @@ setup(
         "lora_null.cli",
         "lora_null.covariances",
         "lora_null.evaluation",
+        "lora_null.integrations",
         "lora_null.models",
         "lora_null.ops",
         "lora_null.peft",

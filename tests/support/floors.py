@@ -33,7 +33,11 @@ FLOORS: list[dict[str, str]] = [
         "peft": "the same for models that PEFT has prepared",
         "report": "spectra and adapters in figures",
     },
-    {"__init__": "the public names, loaded on first use", "quickstart": "the whole way on a real model"},
+    {
+        "__init__": "the public names, loaded on first use",
+        "integrations": "for other people's training programs: a trainer callback, a plugin for axolotl",
+        "quickstart": "the whole way on a real model",
+    },
     {"cli": "the command line"},
 ]
 # What only a type checker reads, or an entry that hands a public name through, builds no floor.

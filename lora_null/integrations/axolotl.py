@@ -1,0 +1,88 @@
+"""A plugin for axolotl: its LoRA adapters start in the null space, and A stays frozen where it was trained frozen.
+
+In the configuration of a run::
+
+    plugins:
+      - lora_null.integrations.axolotl.LoraNullPlugin
+    adapter: lora
+    lora_null_covariances: cov.safetensors
+
+The module imports without axolotl too; the plugin is then of no use, and its class can still be read and tested.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..adapters.state import read_state
+from ..covariances.covariances import Covariances
+from ..peft import freeze_lora_A, initialize_lora_null_weights, use_fused_kernels
+from ..system.log import logger
+from .callback import KeepFrozen
+
+try:
+    from axolotl.integrations.base import BasePlugin
+    from pydantic import BaseModel, Field
+except ImportError:
+    BasePlugin = object
+else:
+
+    class LoraNullArgs(BaseModel):
+        """The keys that the plugin adds to axolotl's configuration."""
+
+        lora_null_covariances: str | None = Field(None, description="File from lora-null calibrate on base_model.")
+        lora_null_freeze_a: bool = Field(True, description="Train lora_B only, on the untouched base.")
+        lora_null_fused: bool = Field(True, description="Compute base and adapter in one operation.")
+
+
+# They compute the adapted layers without calling them, and axolotl switches them on by itself where they are not set.
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+
+class LoraNullPlugin(BasePlugin):
+    """Start axolotl's LoRA or QLoRA adapters with LoRA-Null, and go on with saved ones in their own mode."""
+
+    def get_input_args(self) -> str:
+        """Name the class of the keys that this plugin reads."""
+        return f"{__name__}.LoraNullArgs"
+
+    def register(self, cfg: Any) -> None:
+        """Switch axolotl's own LoRA kernels off, before its configuration is checked."""
+        wanted = [key for key in KERNELS if cfg.get(key)]
+        if wanted:
+            logger.warning("lora_null: axolotl's %s are switched off: they go around the adapted layers.", wanted)
+        for key in KERNELS:
+            cfg[key] = False
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        """Give fresh adapters their start; freeze A of a loaded one that was trained so.
+
+        Raises:
+            ValueError: The run has no LoRA adapter, or a fresh one and no covariances.
+        """
+        if cfg.get("adapter") not in ("lora", "qlora"):
+            raise ValueError(
+                f"axolotl's adapter is {cfg.get('adapter')!r}; expected lora or qlora. LoRA-Null starts LoRA adapters: "
+                "set it, or take the plugin out."
+            )
+        if cfg.get("lora_model_dir"):
+            state = read_state(Path(cfg["lora_model_dir"]))
+            if state is not None and state.config.freeze_a:
+                freeze_lora_A(model)
+        else:
+            path = cfg.get("lora_null_covariances")
+            if not path:
+                raise ValueError(
+                    "lora_null_covariances is not set; expected a file of covariances of base_model. Make it with: "
+                    "lora-null calibrate MODEL --data text.jsonl --output cov.safetensors"
+                )
+            freeze_a = cfg.get("lora_null_freeze_a") is not False
+            initialize_lora_null_weights(model, Covariances.load(path), freeze_a=freeze_a)
+        if cfg.get("lora_null_fused") is not False:
+            use_fused_kernels(model)
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
+        """Keep A frozen through what the trainer loads, where it is frozen now."""
+        frozen = [not p.requires_grad for name, p in trainer.model.named_parameters() if ".lora_A." in name]
+        return [KeepFrozen()] if frozen and all(frozen) else []
