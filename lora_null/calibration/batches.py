@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..system.tensors import bytes_of
-
-MASK_RULES = ("attention", "labels", "none")
-# Label that loss functions leave out; Hugging Face collators put it on prompt and padding tokens.
-IGNORED_LABEL = -100
+from .masks import IGNORED_LABEL, MaskRule, Masks
 
 
 @dataclass(frozen=True)
@@ -25,13 +22,13 @@ class Batch:
 
     Attributes:
         inputs: Keyword arguments of the model.
-        mask: ``(B, L)`` bool on the CPU, True where a token counts; ``None`` if all of them do.
+        masks: Which tokens count.
         shape: ``(B, L)``, or ``None`` where the model does not read token ids.
         tokens: How many tokens count.
     """
 
     inputs: dict[str, Any]
-    mask: Tensor | None
+    masks: Masks
     shape: tuple[int, ...] | None
     tokens: int
 
@@ -46,13 +43,12 @@ class BatchReader:
 
     Args:
         model: Its ``forward`` says which arguments exist.
-        mask_rule: ``"attention"``: tokens with ``attention_mask == 0`` do not count. ``"labels"``: nor do tokens
-            with ``labels == -100``. ``"none"``: all tokens count.
+        mask_rule: See :class:`~lora_null.calibration.masks.MaskRule`.
         needs_head: The output head is calibrated too, so that it has to run on every token.
     """
 
     def __init__(self, model: nn.Module, mask_rule: str, needs_head: bool = False):
-        self.mask_rule = mask_rule
+        self.rule = MaskRule(model, mask_rule)
         parameters = inspect.signature(model.forward).parameters
         kinds = {parameter.kind for parameter in parameters.values()}
         self.parameters = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -62,7 +58,6 @@ class BatchReader:
             self.parameters = ["input_ids", "attention_mask"]
         config = getattr(model, "config", None)
         self.is_hf = hasattr(config, "to_dict")
-        self.keeps_labels = bool(getattr(config, "is_encoder_decoder", False))
         self.vocabulary, self.placeholders = _vocabulary(model)
         self.extra: dict[str, Any] = {}
         if self.is_hf and "use_cache" in self.parameters:
@@ -74,21 +69,21 @@ class BatchReader:
         """Convert one item of the user's data; ``index`` names it in errors."""
         inputs = self._inputs(item, index)
         self.check_ids(inputs, index)
-        counts = self.mask(inputs, index)
+        masks = self.rule.read(inputs, index)
         ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
         shape = tuple(ids.shape[:2]) if isinstance(ids, Tensor) and ids.dim() > 1 else None
-        if not self.keeps_labels and self.is_hf:
-            # The loss is not wanted, and would need the logits of every token.
+        if self.is_hf and not self.rule.two_sided:
+            # The loss is not wanted, and would need the logits of every token; but a decoder may read its labels.
             inputs.pop("labels", None)
-        every = counts is None or bool(counts.all())
-        if counts is not None:
-            tokens = int(counts.sum())
+        if masks.main is not None:
+            tokens = int(masks.main.sum())
         elif shape is not None:
             tokens = shape[0] * shape[1]
         else:
             first = next((v for v in inputs.values() if isinstance(v, Tensor)), None)
             tokens = 0 if first is None else first.numel() // (first.shape[-1] if first.is_floating_point() else 1)
-        return Batch({**inputs, **self.extra}, None if every else counts, shape, tokens)
+        tokens += 0 if masks.target is None else int(masks.target.sum())
+        return Batch({**inputs, **self.extra}, masks, shape, tokens)
 
     def check_ids(self, inputs: Mapping[str, Any], index: int) -> None:
         """Raise ValueError for ids that the embedding lacks: on a GPU their lookup would end the process's CUDA use."""
@@ -106,30 +101,6 @@ class BatchReader:
                 f"were labels (with {IGNORED_LABEL}) given as input_ids, or was a token added (for padding)? Then call "
                 "model.resize_token_embeddings first, or pad with a known token."
             )
-
-    def mask(self, inputs: Mapping[str, Any], index: int) -> Tensor | None:
-        """Return which tokens of a call of the model count, ``(B, L)`` bool on the CPU, or ``None`` for all."""
-        if self.mask_rule == "none":
-            return None
-        mask = None
-        attention = inputs.get("attention_mask")
-        if isinstance(attention, Tensor):
-            if attention.dim() != 2:
-                raise ValueError(
-                    f"The attention_mask of batch {index} is {tuple(attention.shape)}; expected (B, L) with 0 on "
-                    'padding. Pass mask="none" if every token counts, or masks as the tokenizer makes them.'
-                )
-            mask = attention.cpu() != 0
-        if self.mask_rule == "labels":
-            labels = inputs.get("labels")
-            if not isinstance(labels, Tensor):
-                raise ValueError(
-                    f'mask="labels" leaves out tokens with labels == {IGNORED_LABEL}, but batch {index} has no labels '
-                    f'(it has {sorted(inputs)}). Add them, or use mask="attention".'
-                )
-            wanted = labels.cpu() != IGNORED_LABEL
-            mask = wanted if mask is None else mask & wanted
-        return mask
 
     def _inputs(self, item: Any, index: int) -> dict[str, Any]:
         if isinstance(item, Mapping):
@@ -246,7 +217,8 @@ class DataFingerprint:
 
     def add(self, batch: Batch) -> None:
         """Take one batch into account."""
-        tensors = {**batch.inputs, **({} if batch.mask is None else {"mask": batch.mask})}
+        masks = {"mask": batch.masks.main, "target_mask": batch.masks.target}
+        tensors = {**batch.inputs, **{name: mask for name, mask in masks.items() if mask is not None}}
         for key in sorted(tensors):
             value = tensors[key]
             if isinstance(value, Tensor):

@@ -68,7 +68,9 @@ def calibrate(
             function without arguments that runs the model: every call of the model in it is a batch.
         config: Only ``target_modules`` matters here; the default covers every linear layer but the output head.
         mask: Which tokens count. ``"attention"``: those with ``attention_mask != 0``. ``"labels"``: of
-            those, the ones with ``labels != -100``, which leaves out prompts. ``"none"``: all, padding too.
+            those, the ones with ``labels != -100``, which leaves out prompts. ``"none"``: all, padding too. In an
+            encoder-decoder model the decoder has a mask of its own: ``decoder_attention_mask``, or the labels. Of
+            images and sounds all rows count but those that the model itself masks.
         checkpoint: File for the sums in progress. If it exists the run continues from it, to the same bits as if it
             had not been interrupted; a finished one is returned at once. With ``low_memory``, one file
             per layer, ``<checkpoint>.<layer>``; with several processes, one per process.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .collector import Collector, combined
 from .job import Job, Sums, log_plan
+from .masks import is_encoder_decoder
 from .memory import plan_streaming
 from .probe import unprobed
 
@@ -31,7 +32,7 @@ def run_callback(job: Job, run_model: Callable[[], Any]) -> Sums:
 @contextmanager
 def _batches_begun(job: Job, collector: Collector, advance: Callable[[int], None]) -> Iterator[None]:
     """Begin and end a batch of ``collector`` with each outermost call, for the length of the block."""
-    roots = list(dict.fromkeys([job.model, getattr(job.model, "base_model", job.model)]))
+    roots = _roots(job.model)
     signatures = {root: inspect.signature(root.forward) for root in roots}
     depth, index, tokens = 0, 0, 0
 
@@ -42,7 +43,7 @@ def _batches_begun(job: Job, collector: Collector, advance: Callable[[int], None
             bound = signatures[module].bind_partial(*args, **kwargs).arguments
             inputs = {**bound, **bound.get("kwargs", {})}
             job.reader.check_ids(inputs, index)
-            collector.begin(index, job.reader.mask(inputs, index))
+            collector.begin(index, job.reader.rule.read(inputs, index))
             ids = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
             tokens = 0 if ids is None else ids.shape[:2].numel()
 
@@ -51,7 +52,9 @@ def _batches_begun(job: Job, collector: Collector, advance: Callable[[int], None
         depth -= 1
         if depth == 0:
             # output is None when the forward raised; its error is on its way already
-            if output is not None:
+            if output is None:
+                collector.leave()
+            else:
                 collector.end()
                 advance(tokens)
             index += 1
@@ -65,3 +68,17 @@ def _batches_begun(job: Job, collector: Collector, advance: Callable[[int], None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _roots(model: Any) -> list[nn.Module]:
+    """Return the modules that a loop may call with token ids: the model, what it wraps, and its encoder or decoder.
+
+    ``generate`` of an encoder-decoder model calls the encoder by itself, that of a PEFT model the model within.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    roots = [model, getattr(model, "base_model", model), inner, getattr(inner, "base_model", inner)]
+    if is_encoder_decoder(inner):
+        roots.append(inner.get_encoder())
+    elif hasattr(inner, "get_decoder"):
+        roots.append(inner.get_decoder())
+    return list(dict.fromkeys(roots))

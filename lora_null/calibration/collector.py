@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from ..covariances.packed import DenseMatrices, PackedMatrices, unpack_lower
 from ..ops.covariance import symmetrize_
 from ..system.distributed import add_up, exchange
-from .accumulator import Accumulator, Placement, Selection, Sum
+from .accumulator import Accumulator, Placement, Sum
 from .checkpoint import Progress
+from .masks import Masks
 from .shared_inputs import SharedInputs
+from .sides import Sides
 from .watching import watching
 
 
@@ -22,6 +24,7 @@ class Collector:
 
     Args:
         linears: The target layers by name, in the order of the model.
+        sides: Know which mask belongs to a layer.
         placement: Where and how the sums are kept.
         share_inputs: Layers that receive the same tensor share a sum.
         flush_every: Queues are emptied after so many batches. The order of additions, and so every bit of the result,
@@ -36,7 +39,16 @@ class Collector:
         left_out: Target layers that compute something else than ``x W^T``, and what; they have no sum.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], placement: Placement, *, share_inputs: bool, flush_every: int):
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        sides: Sides,
+        placement: Placement,
+        *,
+        share_inputs: bool,
+        flush_every: int,
+    ):
+        self.sides = sides
         self.linears, self.placement = linears, placement
         self.widths = {name: linear.in_features for name, linear in linears.items()}
         self.flush_every = flush_every
@@ -44,14 +56,19 @@ class Collector:
         self.accumulator = Accumulator(placement)
         self.left_out: dict[str, str] = {}
         self.batch = 0
-        self._selection = Selection(None)
 
-    def begin(self, batch: int, mask: Tensor | None) -> None:
-        """Start a batch whose tokens count where ``mask (B, L)`` is True; ``None``: all count."""
-        self.batch, self._selection = batch, Selection(mask)
+    def begin(self, batch: int, masks: Masks) -> None:
+        """Start a batch."""
+        self.batch = batch
+        self.sides.begin(batch, masks)
+
+    def leave(self) -> None:
+        """Finish a batch whose forward pass has failed."""
+        self.sides.end()
 
     def end(self) -> bool:
         """Finish the batch: True if the queues were emptied after it; ValueError if it held a NaN or an Inf."""
+        self.sides.end()
         self.accumulator.check()
         if (self.batch + 1) % self.flush_every:
             return False
@@ -66,9 +83,11 @@ class Collector:
         """Return the flushed sums; their strict upper triangles are arbitrary."""
         return DenseMatrices({key: entry.matrix for key, entry in self.accumulator.sums.items()})
 
-    def watching(self, linears: Mapping[str, nn.Linear]) -> AbstractContextManager[None]:
+    @contextmanager
+    def watching(self, linears: Mapping[str, nn.Linear]) -> Iterator[None]:
         """Receive the inputs of these of the target layers, for the length of the block."""
-        return watching(linears, self.receive, self.left_out)
+        with self.sides.following(), watching(linears, self.receive, self.left_out):
+            yield
 
     def receive(self, name: str, x: Tensor) -> None:
         """Take the input ``x (..., d)`` of the layer ``name``."""
@@ -78,8 +97,8 @@ class Collector:
         # under autocast, which would form the sums in bf16.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach()
-            self._check_alignment(name, x)
-            self.accumulator.add(name, x.reshape(-1, x.shape[-1]), self._selection, self.batch)
+            selection = self.sides.selection(name, x)
+            self.accumulator.add(name, x.reshape(-1, x.shape[-1]), selection, self.batch)
 
     def progress(self) -> Progress:
         """Describe the flushed sums for a checkpoint."""
@@ -102,19 +121,6 @@ class Collector:
         """Drop all sums and groups, to start on other layers."""
         self.shared = SharedInputs(self.shared.share)
         self.accumulator.sums.clear()
-
-    def _check_alignment(self, name: str, x: Tensor) -> None:
-        mask = self._selection.mask
-        if mask is None or (x.dim() == 2 and x.shape[0] == mask.numel()):
-            return
-        # an axis of one, for heads that share an input, leaves the rows in order
-        if [n for n in x.shape[:-1] if n != 1] == [n for n in mask.shape if n != 1]:
-            return
-        raise ValueError(
-            f"Batch {self.batch} has padding, mask {tuple(mask.shape)}, but the input of {name} is {tuple(x.shape)}: "
-            "its rows cannot be told apart into tokens and padding. Give batches without padding (one text each, "
-            'or packed), pass mask="none" if padding may count, or leave the layer out of target_modules.'
-        )
 
 
 def combined(collector: Collector) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, int]]:

@@ -23,6 +23,7 @@ from .collector import Collector
 from .memory import MemoryPlan
 from .options import Options
 from .probe import Probe, probe
+from .sides import Sides
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Job:
         queue = batches is None or wants_queue(batches, self.options.queue_tokens)
         return Collector(
             self.linears,
+            Sides(self.model, self.linears, masked=self.options.mask != "none"),
             self.options.placement(queue),
             share_inputs=self.options.share_inputs,
             flush_every=self.options.checkpoint_every,

@@ -60,7 +60,7 @@ def run_layerwise(job: Job, source: Iterable[Any]) -> Sums:
             watched = {} if number < done else {**linears_of[number], **(outside if last else {})}
             with walk.prepared(number), collector.watching(watched):
                 for index, batch in enumerate(batches):
-                    collector.begin(index, batch.mask)
+                    collector.begin(index, batch.masks)
                     if batch.tokens:
                         walk.run(number, index, to_the_end=last and bool(outside))
                     collector.end()

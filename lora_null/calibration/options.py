@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .accumulator import ACCUMULATORS, Placement
-from .batches import MASK_RULES
+from .masks import MASK_RULES
 
 
 @dataclass(frozen=True)

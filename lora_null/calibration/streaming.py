@@ -35,7 +35,7 @@ def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
         for index, batch in enumerate(chain(head, batches)):
             if record.holds(batch):
                 continue
-            collector.begin(index, batch.mask)
+            collector.begin(index, batch.masks)
             job.run(batch)
             if collector.end():
                 record.save(finished=False)
