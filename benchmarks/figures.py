@@ -2,7 +2,7 @@
 
 A figure stands between ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. ``NAME`` is a question, for
 instance ``null-space`` (measured on a CPU) or ``linear-gpu``; ``headline`` or ``headline-gpu``; ``growth``;
-``predictions``; or ``plots``.
+``predictions``; ``plots``; or ``kept``, ``kept-best`` (what ``python -m benchmarks.forgetting`` recorded).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import plots, predictions, records, report
+from . import kept, plots, predictions, records, report
 from .environment import ROOT
 from .harness import Question, UsageError
 from .questions import registry
@@ -29,7 +29,7 @@ def on_gpu(record: dict) -> bool:
 
 def conditions(entries: list[dict]) -> str:
     """Return devices, versions and commits of some records in one line."""
-    found = {}
+    found: dict[str, None] = {}
     for record in entries:
         environment = record["environment"]
         versions = ", ".join(
@@ -44,7 +44,7 @@ def question_table(entries: list[dict], question: Question, gpu: bool) -> str:
     mine = [r for r in entries if r["question"] == question.name and on_gpu(r) == gpu]
     if not any(r["status"] == "ok" for r in mine):
         return _unmeasured(question.name, gpu)
-    rows = [("case", "", "time", "of ours", "of the limit")]
+    rows: list[tuple[str, ...]] = [("case", "", "time", "of ours", "of the limit")]
     for (_, _, mode, execution, _), group in report.points(mine).items():
         how = ["" if mode in (None, "run") else str(mode), "graph" if execution == "graph" else ""]
         label = ", ".join(part for part in (report.describe_case(group[0]["case"]), *how) if part)
@@ -82,6 +82,7 @@ def headline(entries: list[dict], gpu: bool) -> str:
             continue
         group = groups[0]
         own = report.ours(group)
+        assert own is not None
         peers = sorted((r for r in group if r["role"] == "peer" and r["status"] == "ok"), key=lambda r: r["median_ms"])
         text = ", ".join(f"{r['provider']} {report.ratio(group, r):.2f}x" for r in peers)
         mode = "" if own["mode"] == "run" else f", {own['mode']}"
@@ -133,13 +134,17 @@ def figure(name: str, entries: list[dict]) -> str:
         return predictions.text()
     if plain == "plots":
         return "\n".join(f"![{path.stem}](results/plots/{path.name})" for path in sorted(plots.FOLDER.glob("*.svg")))
+    if plain in ("kept", "kept-best"):
+        found = kept.finished(kept.read())
+        return kept.table(kept.best(found) if plain == "kept-best" else found)
     if plain == "headline":
         return headline(entries, gpu)
     if plain == "growth":
         return growth_table(entries, gpu)
     if plain in registry():
         return question_table(entries, registry()[plain], gpu)
-    known = ["headline", "headline-gpu", "predictions", "plots", *registry(), *(f"{q}-gpu" for q in registry())]
+    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best"]
+    known += [*registry(), *(f"{q}-gpu" for q in registry())]
     raise UsageError(f"there is no figure {name!r}; known are: {', '.join(known)}")
 
 
@@ -160,7 +165,7 @@ def fill(text: str, entries: list[dict]) -> str:
 
 def regenerate(entries: list[dict], root: Path = ROOT) -> int:
     """Draw the plots, then rewrite every figure in the documents of the repository."""
-    for path in plots.draw(entries):
+    for path in [*plots.draw(entries), *kept.draw(kept.read())]:
         print(f"plot      {path.relative_to(ROOT)}")
     for pattern in DOCUMENTS:
         for path in sorted(root.glob(pattern)):

@@ -18,11 +18,7 @@ def draw(entries: list[dict], folder: Path = FOLDER) -> list[Path]:
     Returns:
         The files written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # Text stays text and ids do not change from run to run: a plot is a small file with a readable diff.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lora_null", "font.size": 9})
+    style()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, question in registry().items():
@@ -32,12 +28,21 @@ def draw(entries: list[dict], folder: Path = FOLDER) -> list[Path]:
             if not mine:
                 continue
             path = folder / f"{name}{'-gpu' if gpu else ''}.svg"
-            _save(_growth(mine) if name == "growth" else _bars(mine, question.title), path)
+            save(_growth(mine) if name == "growth" else _bars(mine, question.title), path)
             written.append(path)
     return written
 
 
-def _save(figure, path: Path) -> None:
+def style() -> None:
+    """Set matplotlib for files: no display, text stays text, and ids do not change from run to run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lora_null", "font.size": 9})
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure without the time of day, so that equal figures are equal files."""
     import matplotlib.pyplot as plt
 
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -58,7 +63,9 @@ def _bars(entries: list[dict], title: str):
         graph = ", CUDA graph" if record["execution"] == "graph" else ""
         axes.text(0, position, report.describe_case(record["case"]) + mode + graph, va="center", weight="bold")
         position += 1
-        own = report.ours(group)["median_ms"]
+        ours = report.ours(group)
+        assert ours is not None, "groups without ours are left out above"
+        own = ours["median_ms"]
         for it in sorted(group, key=lambda r: r["median_ms"]):
             ratio = it["median_ms"] / own
             spread = [[(it["median_ms"] - it["q20_ms"]) / own], [(it["q80_ms"] - it["median_ms"]) / own]]

@@ -1,4 +1,4 @@
-"""What the README shows is what runs: its Python block, its commands, its environment variables."""
+"""What README and pages show is what runs: the ten lines, the commands, the environment variables."""
 
 import inspect
 import re
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_suite import suite
 
 from lora_null import cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")}
 
 
 def test_the_ten_lines_run(llama, monkeypatch, tmp_path):
@@ -34,11 +36,15 @@ def test_the_ten_lines_run(llama, monkeypatch, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def command_lines(text):
+    return re.findall(r"^    lora-null (.*)$", text, re.MULTILINE)
+
+
 def test_every_command_line_is_understood():
     commands = {c.callback.__name__: c.callback for c in cli.app.registered_commands}
-    lines = re.findall(r"^    lora-null (.*)$", README, re.MULTILINE)
-    assert {shlex.split(line, comments=True)[0] for line in lines} == set(commands)
-    for line in lines:
+    shown = {shlex.split(line, comments=True)[0] for line in command_lines(PAGES["command_line"])}
+    assert shown == set(commands)
+    for line in command_lines("\n".join([README, *PAGES.values()])):
         name, *words = shlex.split(line, comments=True)
         parameters = inspect.signature(commands[name]).parameters
         for word in words:
@@ -49,10 +55,25 @@ def test_every_command_line_is_understood():
 def test_every_environment_variable_is_listed():
     sources = [*(ROOT / "lora_null").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     used = {name for path in sources for name in re.findall(r"\bLORA_NULL_[A-Z_]+\b", path.read_text(encoding="utf-8"))}
-    listed = set(re.findall(r"^\| `(LORA_NULL_[A-Z_]+)`", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `(LORA_NULL_[A-Z_]+)`", PAGES["reference"], re.MULTILINE))
     assert listed == used
 
 
 @pytest.mark.parametrize("name", ["calibrate", "initialize", "save_adapter", "load_adapter", "merge"])
 def test_public_names_are_shown(name):
     assert name in README
+
+
+def test_the_readme_fits_a_screen():
+    """One picture, one table, one block of Python; the rest is in the pages."""
+    assert len(README.splitlines()) <= 90
+    assert len(re.findall(r"^!\[", README, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\| -", README, re.MULTILINE)) == 1
+
+
+def test_the_counts_in_the_readme_are_those_of_the_records():
+    kept = suite("kept")
+    best = {record["method"]: record for record in kept.best(kept.finished(kept.read()))}
+    lost = {n: round((best["before"]["accuracy"] - r["accuracy"]) * r["questions"]) for n, r in best.items()}
+    words = re.search(r"lost (\d+) of 400 facts; LoRA-Null lost (\d+)\.", README)
+    assert (int(words[1]), int(words[2])) == (lost["LoRA"], lost["LoRA-Null"])
