@@ -76,8 +76,7 @@ class ModelShape:
             # likely cause, not confirmed: attention is then nearly uniform at small widths, heads that share keys and
             # values give almost the same output, and its covariance is nearly degenerate.
             initializer_range=self.hidden_size**-0.5,
-            # Handed on to the base class, whose generated signature does not show it.
-            attn_implementation="sdpa",  # type: ignore[call-arg]
+            attn_implementation="sdpa",
         )
 
 
