@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*)
 
-.PHONY: quickstart test style bench bench-gpu figures clean
+.PHONY: quickstart test style bench bench-gpu figures docs release test-matrix clean
 
 # The main job on a real model: calibrate, initialise, fine-tune, compare with LoRA, save, reload.
 quickstart: $(VENV)/.installed
@@ -33,6 +33,23 @@ bench-gpu: $(VENV)/.installed
 # Plots and the README's figures from the recorded results.
 figures: $(VENV)/.installed
 	$(BIN)/python -m benchmarks figures $(ARGS)
+
+# The pages in build/site; a warning is an error, and so is a link that leads nowhere. Links to other sites are not followed.
+docs: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
+# sdist and wheel in dist, each tried in an empty environment, without the repository and without a compiler.
+release: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt build
+	$(BIN)/python tests/support/release.py
+
+# The wheel on other versions of Python, where they are on this machine, and of torch.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+TORCHES ?= 2.13.0
+test-matrix: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt build
+	$(BIN)/python tests/support/release.py $(PYTHONS:%=--python %) $(TORCHES:%=--torch %)
 
 # torch first and by its exact version: the extension is compiled against it.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt $(CSRC)

@@ -17,7 +17,14 @@ SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):$", re.MULTILINE
 ITEM = re.compile(r"^ {4}(?P<name>\*{0,2}[\w., ]+?): (?P<text>.*(?:\n(?: {8}.*|\s*$))*)", re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?(?P<path>[\w.]+)`")
 # Whose ``__all__`` is public.
-MODULES = ("lora_null", "lora_null.ops", "lora_null.peft", "lora_null.adapters", "lora_null.integrations")
+MODULES = (
+    "lora_null",
+    "lora_null.ops",
+    "lora_null.peft",
+    "lora_null.adapters",
+    "lora_null.evaluation",
+    "lora_null.integrations",
+)
 
 
 def public() -> dict[str, Any]:
