@@ -38,16 +38,22 @@ class NullBasis:
     info: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def project(self, A: Tensor) -> Tensor:
-        """Return the rows of ``A (r, d)`` projected onto the free directions, computed in the basis's dtype.
+        """Return the rows of ``A (r, d)`` projected onto the free directions, in the wider of the two types.
 
-        ``A N N^T``, or ``A - (A P) P^T``: the same up to rounding. Of the type of ``A``, so that a result in bf16 leaks
-        about ``2^-9 |A|`` back into the protected directions.
+        ``A N N^T``, or ``A - (A P) P^T``: the same up to rounding. Rounded to bf16 the result leaks about ``2^-9 |A|``
+        back into the protected directions.
         """
         held = self.basis if self.complement is None else self.complement
         assert held is not None
-        wide = A.to(held.dtype)
+        dtype = torch.promote_types(A.dtype, held.dtype)
+        wide, held = A.to(dtype), held.to(dtype)
         inside = (wide @ held) @ held.mT
-        return (inside if self.complement is None else wide - inside).to(A.dtype)
+        return inside if self.complement is None else wide - inside
+
+    def leak(self, A: Tensor) -> float:
+        """Return the part of the rows of ``A (r, d)`` that is not free, ``|A - A N N^T|_F / |A|_F``, in float64."""
+        wide = A.detach().double()
+        return float((wide - self.project(wide)).norm() / wide.norm())
 
 
 def null_basis(
