@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.quantised import allow_gradients, is_dense
-from .delta import stack
+from ..models.refusals import Target
+from .delta import shift_base, stack
 from .projection import ProjectionGroup
 
 
@@ -139,9 +140,9 @@ def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
     return _PATCHED[base]
 
 
-def require_adaptable(linears: Mapping[str, nn.Linear]) -> None:
+def require_adaptable(targets: Mapping[str, Target]) -> None:
     """Refuse layers that :func:`attach_adapter` could not change in place, before it changes any."""
-    for base in {type(linear) for linear in linears.values()}:
+    for base in {type(target.linear) for target in targets.values()}:
         _patched_class(base)
 
 
@@ -173,7 +174,7 @@ def attach_adapter(
 ) -> LoraNullLinear:
     """Turn ``linear`` into a :class:`LoraNullLinear` in place; its own parameters stop being trained.
 
-    The base weight is not changed here: with ``initial``, the caller has shifted it already.
+    With ``initial`` the base weight is shifted by them, to ``W - s B0 A0``.
     """
     if isinstance(linear, LoraNullLinear):
         raise ValueError(
@@ -189,6 +190,8 @@ def attach_adapter(
     for parameter in linear.parameters():
         parameter.requires_grad_(False)
     allow_gradients([linear])
+    if initial is not None:
+        shift_base(linear, *initial, -scaling)
     _set_class(linear, _patched_class(type(linear)))
     layer = cast(LoraNullLinear, linear)
     layer.lora_A = LowRankFactor(lora_A, trainable=train_a)
@@ -241,3 +244,13 @@ def require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
             "or lora_null.load_adapter; for a PeftModel use lora_null.peft."
         )
     return layers
+
+
+def refuse_adapted(linears: Mapping[str, Target]) -> None:
+    """Refuse a model, given by its linear layers, that carries adapters of ours already."""
+    adapted = [name for name, target in linears.items() if isinstance(target.linear, LoraNullLinear)]
+    if adapted:
+        raise ValueError(
+            f"The model carries {len(adapted)} lora_null adapters already, for instance on {adapted[0]}. Merge them "
+            "first (lora_null.merge), or start from a freshly loaded model."
+        )

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..config import LoraNullConfig
 from ..models.identity import fingerprint
-from ..models.refusals import refuse_sharded, require_writable
-from ..models.weights import home_of, shared_weights
+from ..models.refusals import Target
+from ..models.targets import survey
+from ..models.weights import home_of
 from ..models.wrappers import uncompiled
-from .delta import shift_base, unstack
+from .delta import unstack
 from .files import Adapter
-from .layer import adapter_layers, attach_adapter, require_adaptable
+from .layer import attach_adapter, refuse_adapted, require_adaptable
 from .sharing import share_projections
 from .state import OWN_CONFIG, AdapterState, set_state
 
@@ -52,10 +53,11 @@ def load_adapter(
     wrapper, base_model, folder = base_model, uncompiled(base_model), Path(path)
     adapter = Adapter.read(folder)
     factors, state = adapter.factors, adapter.state
-    linears = _matching_linears(base_model, factors, folder)
-    refuse_sharded(linears, "load_adapter")
-    require_adaptable(linears)
-    base = fingerprint(linears)
+    targets = _matching(base_model, factors, folder)
+    for target in targets.values():
+        target.require_whole("load_adapter")
+    require_adaptable(targets)
+    base = fingerprint({name: target.linear for name, target in targets.items()})
     if verify_base and base and state and state.base_fingerprint and base != state.base_fingerprint:
         raise ValueError(
             f"{folder} was trained on other weights than those of this {type(base_model).__name__}: the shapes agree, "
@@ -66,9 +68,8 @@ def load_adapter(
     config = state.config if state else _config_of(adapter)
     shifted = state is not None and state.stacked and is_trainable
     if shifted:
-        shared = shared_weights(base_model)
-        for name, linear in linears.items():
-            require_writable(name, linear, "Training A on", shared)
+        for name, target in targets.items():
+            target.require_writable("Training A on")
             if factors[name][0].shape[0] % 2:
                 raise ValueError(
                     f"{folder / OWN_CONFIG} says that the adapter has the rank-2r form, but that of {name} has the odd "
@@ -80,39 +81,30 @@ def load_adapter(
         scaling = config.scaling if is_trainable else adapter.scaling
         config = replace(config, r=r, lora_alpha=scaling * r)
     base_model.requires_grad_(False)
-    for name, linear in linears.items():
-        home = home_of(linear)
+    for name, target in targets.items():
+        home = home_of(target.linear)
         lora_A, lora_B = (factor.to(home, torch.float32) for factor in factors[name])
+        initial: tuple[Tensor, Tensor] | None = None
         if shifted:
-            _resume_shifted(linear, lora_A.to(adapter_dtype), lora_B.to(adapter_dtype), config)
-            continue
-        attach_adapter(
-            linear,
+            stacked = lora_A.to(adapter_dtype), lora_B.to(adapter_dtype)
+            lora_A, change_B, initial_A, initial_B = unstack(*stacked, config.scaling, len(lora_A) // 2)
+            # A copy, which does not keep the memory of both halves.
+            lora_A, lora_B, initial = lora_A.clone(), change_B + initial_B, (initial_A, initial_B)
+        else:
+            lora_B = lora_B * (adapter.scaling / config.scaling)
+        layer = attach_adapter(
+            target.linear,
             lora_A.to(adapter_dtype),
-            (lora_B * (adapter.scaling / config.scaling)).to(adapter_dtype),
+            lora_B.to(adapter_dtype),
             scaling=config.scaling,
-            train_a=is_trainable and not config.freeze_a,
+            train_a=shifted or (is_trainable and not config.freeze_a),
             lora_dropout=config.lora_dropout,
+            initial=initial,
         )
-        linear.lora_B.requires_grad_(is_trainable)
+        layer.lora_B.requires_grad_(is_trainable)
     share_projections(base_model)
     set_state(base_model, AdapterState(config, base, state.energies if state else {}))
     return wrapper
-
-
-def _resume_shifted(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> None:
-    r = lora_A.shape[0] // 2
-    trained_A, change_B, initial_A, initial_B = unstack(lora_A, lora_B, config.scaling, r)
-    shift_base(linear, initial_A, initial_B, -config.scaling)
-    attach_adapter(
-        linear,
-        trained_A.clone(),
-        change_B + initial_B,
-        scaling=config.scaling,
-        train_a=True,
-        lora_dropout=config.lora_dropout,
-        initial=(initial_A, initial_B),
-    )
 
 
 def _config_of(adapter: Adapter) -> LoraNullConfig:
@@ -121,27 +113,21 @@ def _config_of(adapter: Adapter) -> LoraNullConfig:
     return LoraNullConfig(r=adapter.r, lora_alpha=alpha, freeze_a=False, lora_dropout=adapter.lora_dropout)
 
 
-def _matching_linears(
-    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], folder: Path
-) -> dict[str, nn.Linear]:
-    if adapted := adapter_layers(model):
-        raise ValueError(
-            f"The model carries {len(adapted)} lora_null adapters already. Merge them first (lora_null.merge), or load "
-            "the base model afresh."
-        )
-    modules = dict(model.named_modules())
+def _matching(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> dict[str, Target]:
+    linears = survey(model).linears
+    refuse_adapted(linears)
     for name, (lora_A, lora_B) in factors.items():
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            found = "no module" if module is None else f"a {type(module).__name__}"
+        target = linears.get(name)
+        if target is None:
+            module = dict(model.named_modules()).get(name)
+            kind = "no module" if module is None else f"a {type(module).__name__}"
             raise ValueError(
-                f"{folder} adapts {name}, "
-                f"which is {found} in this {type(model).__name__}; expected a linear layer. The "
+                f"{folder} adapts {name}, which is {kind} in this {type(model).__name__}; expected a linear layer. The "
                 "adapter belongs to another model."
             )
-        if (lora_B.shape[0], lora_A.shape[1]) != (module.out_features, module.in_features):
+        if (lora_B.shape[0], lora_A.shape[1]) != (target.m, target.d):
             raise ValueError(
                 f"{folder} adapts {name} with d={lora_A.shape[1]}, m={lora_B.shape[0]}, but the layer has "
-                f"d={module.in_features}, m={module.out_features}. The adapter belongs to another model."
+                f"d={target.d}, m={target.m}. The adapter belongs to another model."
             )
-    return {name: modules[name] for name in modules if name in factors}
+    return {name: target for name, target in linears.items() if name in factors}

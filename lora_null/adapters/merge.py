@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..models.refusals import DIVERGED, require_finite, require_writable
-from ..models.weights import shared_weights
+from ..models.refusals import DIVERGED, require_finite
+from ..models.targets import survey
 from ..models.wrappers import unwrapped
 from ..system.files import replaced_folder
 from .checkpoint import INDEX
@@ -32,9 +32,9 @@ def merge(model: nn.Module) -> nn.Module:
     """
     wrapper, model = model, unwrapped(model)
     layers = require_layers(model)
-    shared = shared_weights(model)
+    linears = survey(model).linears
     for name, layer in layers.items():
-        require_writable(name, layer, "Merging", shared)
+        linears[name].require_writable("Merging")
         factors = layer.lora_A.weight, layer.lora_B.weight
         require_finite(f"The adapter of {name}", *factors, f", so nothing was merged. {DIVERGED}")
     for layer in layers.values():

@@ -1,4 +1,10 @@
-"""Which weights a result belongs to."""
+"""Which weights a result belongs to, asked in two ways.
+
+:func:`fingerprint` asks whether these are the pre-trained weights that covariances or an adapter were made for: a
+sample of the adapted layers, blind to dtype, kept in files for good. Other weights bring an error or a warning.
+:func:`weights_key` asks whether a calibration may go on from the sums of an interrupted one: all bits of the model,
+dtype included, kept in its checkpoint only. There one changed bit must be seen.
+"""
 
 from __future__ import annotations
 

@@ -1,21 +1,135 @@
-"""Which linear layers of a model receive an adapter, and the only place that decides it."""
+"""Which linear layers a model has, which of them receive an adapter, and the only place that decides it."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..config import ALL_LINEAR
 from ..system.log import warn_once
+from .refusals import Target
 
 _CLASSIFIERS = ("score", "classifier")
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What one walk over a model's modules has found.
+
+    Attributes:
+        model: The model.
+        linears: Every ``nn.Linear``, subclasses too, by name and in the model's own order; PEFT's factors aside, which
+            are linear layers too: only what they adapt counts.
+        heads: Names of the modules of the output head.
+        stacks: Matrices stacked into one parameter, as transformers 5 keeps a layer's experts: name to size.
+    """
+
+    model: nn.Module
+    linears: dict[str, Target]
+    heads: set[str]
+    stacks: dict[str, int]
+
+    def select(self, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, Target]:
+        """Select linear layers as PEFT does, by name.
+
+        Args:
+            target_modules: ``"all-linear"``, a regular expression that must match the whole name, or names: a
+                module is selected when its name equals one or ends in ``.`` and one of them.
+
+        Returns:
+            Name to layer, in the model's own order. What was wished for but is no linear layer of its own, such as
+            experts fused into one parameter, is named in a warning, and so are layers on which PEFT cannot load an
+            adapter; ``"all-linear"`` leaves those out.
+
+        Raises:
+            ValueError: The model has no linear layer, or a wish matches none.
+        """
+        model, linears, heads, stacks = self.model, self.linears, self.heads, self.stacks
+        if not set(linears) - heads:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer to adapt (found {len(linears)}, output heads aside). "
+                "Expected a model built of torch.nn.Linear: layers of other kinds (GPT-2's Conv1D, experts fused into "
+                "one parameter, layers replaced by another library) cannot be adapted."
+            )
+        if target_modules == ALL_LINEAR:
+            _warn_of_stacks(model, stacks)
+            lost = _lost_by_peft(model, [name for name in linears if name not in heads], "get no adapter")
+            return {name: module for name, module in linears.items() if name not in heads | lost}
+        if isinstance(target_modules, str):
+            try:
+                pattern = re.compile(target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules={target_modules!r} is not a regular expression ({error}). For name suffixes "
+                    "pass a list."
+                ) from None
+            wishes: dict[str, Callable[[str], object]] = {target_modules: pattern.fullmatch}
+        else:
+            wishes = {
+                wish: lambda name, wish=wish: name == wish or name.endswith("." + wish)  # type: ignore[misc]
+                for wish in target_modules
+            }
+        matched = {wish: {name for name in linears if selects(name)} for wish, selects in wishes.items()}
+        wished = {name: size for name, size in stacks.items() if any(selects(name) for selects in wishes.values())}
+        missing = [wish for wish, found in matched.items() if not found]
+        if missing:
+            endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            fused = f" ({_starred(wished)}: matrices fused into one parameter, which get no adapter)" if wished else ""
+            raise ValueError(
+                f"target_modules names {missing}, which match no linear layer of {type(model).__name__}{fused}. Its "
+                f"linear layers end in {endings}; use a list of these, a regular expression over whole names, or "
+                '"all-linear".'
+            )
+        _warn_of_stacks(model, wished)
+        names = set().union(*matched.values())
+        _lost_by_peft(model, names, "get one because target_modules names them")
+        return {name: module for name, module in linears.items() if name in names}
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk over the modules of ``model`` once, and note what is asked of its layers later."""
+    head_modules = _head_modules(model)
+    linears: dict[str, nn.Linear] = {}
+    heads: set[str] = {"lm_head"}
+    stacks: dict[str, int] = {}
+    factors: tuple[str, ...] = ()
+    holders: Counter[int] = Counter()
+    for name, module in model.named_modules():
+        parameters = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+        holders.update(map(id, parameters.values()))
+        if hasattr(module, "base_layer"):
+            factors += (f"{name}.lora_",)
+        if isinstance(module, nn.Linear) and not name.startswith(factors):
+            linears[name] = module
+        if id(module) in head_modules:
+            heads.add(name)
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            for key, parameter in parameters.items():
+                if parameter.dim() > 2 and min(parameter.shape) > 1:
+                    stacks[f"{name}.{key}".lstrip(".")] = parameter.numel()
+    # Tied embeddings, above all.
+    tied = {name for name, linear in linears.items() if holders[id(linear._parameters.get("weight"))] > 1}
+    targets = {name: Target(name, linear, name in tied) for name, linear in linears.items()}
+    return Survey(model, targets, heads, stacks)
+
+
+def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
+    """Return the layers of :meth:`Survey.select` as modules."""
+    return {name: target.linear for name, target in survey(model).select(target_modules).items()}
+
+
 def output_head_names(model: nn.Module) -> set[str]:
-    """Return the module names of the output head, which stays without an adapter: ``lm_head`` in LLaMA.
+    """Return the module names of the output head, which stays without an adapter: ``lm_head`` in LLaMA."""
+    return survey(model).heads
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    """Return the ids of the modules in the output head.
 
     In a transformers model without one it is the head of a classifier, under the names that PEFT knows.
     """
@@ -23,71 +137,7 @@ def output_head_names(model: nn.Module) -> set[str]:
     heads = [getter()] if getter is not None else []
     if heads == [None]:
         heads = [getattr(model, name, None) for name in _CLASSIFIERS]
-    inside = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
-    return {name for name, module in model.named_modules() if id(module) in inside} | {"lm_head"}
-
-
-def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
-    """Select linear layers as PEFT does, by name.
-
-    Args:
-        model: Any model; only ``nn.Linear`` and its subclasses are considered.
-        target_modules: ``"all-linear"``, a regular expression that must match the whole name, or names: a
-            module is selected when its name equals one or ends in ``.`` and one of them.
-
-    Returns:
-        Name to module, in the model's own order. What was wished for but is no linear layer of its own, such as
-        experts fused into one parameter, is named in a warning, and so are layers on which PEFT cannot load an
-        adapter; ``"all-linear"`` leaves those out.
-
-    Raises:
-        ValueError: The model has no linear layer, or a wish matches none.
-    """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    # PEFT's own factors are linear layers too; only what they adapt counts.
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-    inside = tuple(f"{name}.lora_" for name in adapted)
-    linears = {name: module for name, module in linears.items() if not name.startswith(inside)}
-    heads = output_head_names(model)
-    if not set(linears) - heads:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer to adapt (found {len(linears)}, output heads aside). "
-            "Expected a model built of torch.nn.Linear: layers of other kinds (GPT-2's Conv1D, experts fused into one "
-            "parameter, layers replaced by another library) cannot be adapted."
-        )
-    stacks = _stacked_weights(model)
-    if target_modules == ALL_LINEAR:
-        _warn_of_stacks(model, stacks)
-        lost = _lost_by_peft(model, [name for name in linears if name not in heads], "get no adapter")
-        return {name: module for name, module in linears.items() if name not in heads | lost}
-    if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(
-                f"target_modules={target_modules!r} is not a regular expression ({error}). For name suffixes "
-                "pass a list."
-            ) from None
-        wishes: dict[str, Callable[[str], object]] = {target_modules: pattern.fullmatch}
-    else:
-        wishes = {
-            wish: lambda name, wish=wish: name == wish or name.endswith("." + wish)  # type: ignore[misc]
-            for wish in target_modules
-        }
-    matched = {wish: {name for name in linears if selects(name)} for wish, selects in wishes.items()}
-    wished = {name: size for name, size in stacks.items() if any(selects(name) for selects in wishes.values())}
-    missing = [wish for wish, found in matched.items() if not found]
-    if missing:
-        endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        fused = f" ({_starred(wished)}: matrices fused into one parameter, which get no adapter)" if wished else ""
-        raise ValueError(
-            f"target_modules names {missing}, which match no linear layer of {type(model).__name__}{fused}. Its linear "
-            f'layers end in {endings}; use a list of these, a regular expression over whole names, or "all-linear".'
-        )
-    _warn_of_stacks(model, wished)
-    names = set().union(*matched.values())
-    _lost_by_peft(model, names, "get one because target_modules names them")
-    return {name: module for name, module in linears.items() if name in names}
+    return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
 
 def _lost_by_peft(model: nn.Module, names: Iterable[str], fate: str) -> set[str]:
@@ -124,17 +174,6 @@ def _lost_by_peft(model: nn.Module, names: Iterable[str], fate: str) -> set[str]
         )
         warn_once(message, message)
     return found
-
-
-def _stacked_weights(model: nn.Module) -> dict[str, int]:
-    """Return the matrices stacked into one parameter, as transformers 5 keeps a layer's experts, with their sizes."""
-    return {
-        f"{prefix}.{name}".lstrip("."): parameter.numel()
-        for prefix, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 2 and min(parameter.shape) > 1
-    }
 
 
 def _starred(names: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,12 +50,6 @@ def materialized(module: nn.Module) -> Iterator[None]:
 def dense_weight(linear: nn.Linear) -> Tensor:
     """Return the weight ``(m, d)`` as a floating-point tensor: dequantised, gathered; call inside ``materialized``."""
     return gathered(linear.weight).detach() if is_dense(linear) else dequantised(linear)
-
-
-def shared_weights(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that more than one module of ``model`` holds, such as tied embeddings."""
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {key for key, count in holders.items() if count > 1}
 
 
 def home_of(linear: nn.Linear) -> torch.device:

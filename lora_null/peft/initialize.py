@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from ..adapters.delta import shift_base
-from ..adapters.initialize import solve
+from ..adapters.start import start_factors
 from ..adapters.state import AdapterState
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
-from ..models.identity import fingerprint
 from ..models.quantised import allow_gradients
-from ..models.refusals import check_rank, check_width, refuse_sharded, require_writable
-from ..models.weights import shared_weights
-from ..solver.factorize import factors_of
-from ..solver.null_space import NullSpace
+from ..models.refusals import Target
+from ..models.targets import survey
 from ..system.distributed import announcing_failure
 from ..system.log import warn_once
 from .layers import freeze, lora_layers, remember
@@ -62,32 +58,24 @@ def initialize_lora_null_weights(
             changed then.
     """
     layers = lora_layers(peft_model, adapter_name)
-    sources = {name: _covariance_name(name, covariances) for name in layers}
-    ranks: dict[str, int] = {}
-    shared = shared_weights(peft_model)
+    linears = _linears(peft_model)
     with announcing_failure():
-        refuse_sharded({name: layer.get_base_layer() for name, layer in layers.items()}, "initialize_lora_null_weights")
         for name, layer in layers.items():
-            _check_layer(name, layer, adapter_name, covariances.size(sources[name]), freeze_a, shared)
-    for name, layer in layers.items():
-        key = covariances.group_of(sources[name])
-        ranks[key] = max(ranks.get(key, 0), layer.r[adapter_name])
-    spaces: dict[str, NullSpace] = {}
-    energies: dict[str, float] = {}
-    for r in sorted(set(ranks.values())):
-        keys = [key for key, rank in ranks.items() if rank == r]
-        solved = solve(covariances, keys, r, method=method, seed=seed, progress=progress)
-        spaces.update(solved[0])
-        energies.update(solved[1])
-    base = fingerprint({name: layer.get_base_layer() for name, layer in layers.items()})
-    start = {}
-    for name, layer in tqdm(layers.items(), "factorise", unit="layer", disable=not progress):
-        # Eigenvalues ascend, so a smaller rank takes the leading columns.
-        basis = spaces[covariances.group_of(sources[name])].basis[:, : layer.r[adapter_name]]
-        start[name] = factors_of(name, layer.get_base_layer(), basis)
+            _check_layer(name, layer, linears.get(name), adapter_name)
+    start = start_factors(
+        linears,
+        {name: layer.r[adapter_name] for name, layer in layers.items()},
+        covariances,
+        freeze_a=freeze_a,
+        # As calibrated on the plain model, on the one inside PEFT's, or on the whole.
+        aliases=("{}", "{}.base_layer", "base_model.model.{}.base_layer", "base_model.model.{}"),
+        method=method,
+        seed=seed,
+        progress=progress,
+    )
     # The model changes from here on, and nothing below can fail on the user's input.
     for name, layer in layers.items():
-        _initialize_layer(layer, *start.pop(name), adapter_name, freeze_a)
+        _put(layer, *start.factors.pop(name), adapter_name, freeze_a)
     if not freeze_a:
         warn_once(
             "shifted-peft-base",
@@ -97,27 +85,24 @@ def initialize_lora_null_weights(
         )
     peft_config: Any = peft_model.peft_config[adapter_name]
     config = LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=freeze_a, seed=seed)
-    remember(peft_model, adapter_name, AdapterState(config, base, energies))
+    remember(peft_model, adapter_name, AdapterState(config, start.base_fingerprint, start.energies))
     return peft_model
 
 
-def _covariance_name(name: str, covariances: Covariances) -> str:
-    for candidate in (name, f"{name}.base_layer", f"base_model.model.{name}.base_layer", f"base_model.model.{name}"):
-        if candidate in covariances:
-            return candidate
-    raise ValueError(
-        f"The covariances hold no entry for {name}, which has an adapter. They were collected for another model or "
-        "for fewer target_modules; run lora_null.calibrate on the base model."
-    )
+def _linears(peft_model: PeftModel) -> dict[str, Target]:
+    """Return the linear layers by their names in the base model without its adapters."""
+    linears = survey(peft_model.get_base_model()).linears
+    plain = {name: ".".join(part for part in name.split(".") if part != "base_layer") for name in linears}
+    return {plain[name]: replace(target, name=plain[name]) for name, target in linears.items()}
 
 
-def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: bool, shared: Set[int]) -> None:
-    base = layer.get_base_layer()
-    if not isinstance(base, nn.Linear) or not hasattr(layer.lora_A[adapter_name], "weight"):
+def _check_layer(name: str, layer: Any, target: Target | None, adapter_name: str) -> None:
+    if target is None or not hasattr(layer.lora_A[adapter_name], "weight"):
         raise ValueError(
-            f"{name} is {type(layer).__name__} on {type(base).__name__}; expected LoRA on a linear layer. Leave it out "
-            "of the LoraConfig's target_modules."
+            f"{name} is {type(layer).__name__} on {type(layer.get_base_layer()).__name__}; expected LoRA on a linear "
+            "layer. Leave it out of the LoraConfig's target_modules."
         )
+    target.require_whole("initialize_lora_null_weights")
     if layer.merged or getattr(layer, INITIAL, {}):
         state = "has its adapter merged" if layer.merged else "was initialised with freeze_a=False before"
         raise ValueError(
@@ -126,14 +111,10 @@ def _check_layer(name: str, layer: Any, adapter_name: str, size: int, freeze_a: 
         )
     if adapter_name in getattr(layer, "lora_variant", {}):
         raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
-    check_width(name, base, size)
-    check_rank(name, base, layer.r[adapter_name])
-    if not freeze_a:
-        require_writable(name, base, "freeze_a=False", shared)
 
 
 @torch.no_grad()
-def _initialize_layer(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
+def _put(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
     base = layer.get_base_layer()
     allow_gradients([base])
     layer.lora_A[adapter_name].weight.copy_(initial_A)

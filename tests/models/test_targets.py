@@ -6,7 +6,7 @@ from torch import nn
 
 import lora_null
 from lora_null import LoraNullConfig
-from lora_null.models.targets import target_linears
+from lora_null.models.targets import survey, target_linears
 from lora_null.system import log
 
 
@@ -73,3 +73,28 @@ def test_convolutions_and_single_matrices_are_no_experts(warnings):
 
     assert list(target_linears(Model())) == ["linear"]
     assert not warnings()
+
+
+def test_one_walk_finds_what_is_asked_later(llama, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    model = llama(tie_word_embeddings=True)
+    walks, named_modules = [], nn.Module.named_modules
+
+    def counted(module, *args, **kwargs):
+        walks.append(module)
+        return named_modules(module, *args, **kwargs)
+
+    # modules() and parameters() walk by it too
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    found = survey(model)
+    assert walks.count(model) == 1
+    monkeypatch.undo()
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(found.linears) == linears and "lm_head" in found.heads & linears
+    assert [name for name, target in found.linears.items() if target.tied] == ["lm_head"]
+    down = found.linears["model.layers.1.mlp.down_proj"]
+    assert (down.m, down.d) == tuple(down.linear.weight.shape) and down.m != down.d
+    assert list(found.select()) == [name for name in found.linears if name != "lm_head"]
+    adapted = survey(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).get_base_model())
+    assert {name.removesuffix(".base_layer") for name in adapted.linears} == linears

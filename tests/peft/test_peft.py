@@ -220,6 +220,23 @@ class TestBadInput:
             lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
+    @pytest.mark.parametrize("own", [False, True], ids=["of the plain model", "of the PEFT model"])
+    def test_covariances_of_other_weights_are_noticed(self, llama, covariances, token_batches, caplog, own):
+        if own:
+            covariances = lora_null.calibrate(peft_llama(llama), token_batches(), progress=False)
+        some = {"target_modules": ["q_proj"]}
+        lora_null_peft.initialize_lora_null_weights(peft_llama(llama, **some), covariances, progress=False)
+        assert "other weights" not in caplog.text
+        other = get_peft_model(llama(seed=5), LoraConfig(r=R, **some))
+        lora_null_peft.initialize_lora_null_weights(other, covariances, progress=False)
+        assert "collected on other weights" in caplog.text
+
+    def test_covariances_of_fewer_layers(self, llama, token_batches):
+        few = lora_null.LoraNullConfig(target_modules=["q_proj"])
+        covariances = lora_null.calibrate(llama(), token_batches(), few, progress=False)
+        with pytest.raises(ValueError, match="no entry for 12 of 14 target layers"):
+            lora_null_peft.initialize_lora_null_weights(peft_llama(llama), covariances, progress=False)
+
     def test_an_unknown_adapter(self, llama, covariances):
         with pytest.raises(ValueError, match="named 'other'"):
             lora_null_peft.initialize_lora_null_weights(peft_llama(llama), covariances, adapter_name="other")
