@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "lora_null" / "_version.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "lora_null" / "system" / "version.py").read_text()).group(1)
 
 
 def extension() -> dict:
@@ -45,6 +45,7 @@ setup(
     packages=[
         "lora_null",
         "lora_null.adapters",
+        "lora_null.bayes",
         "lora_null.calibration",
         "lora_null.cli",
         "lora_null.covariances",

@@ -21,6 +21,7 @@ MODULES = (
     "lora_null",
     "lora_null.ops",
     "lora_null.peft",
+    "lora_null.bayes",
     "lora_null.adapters",
     "lora_null.evaluation",
     "lora_null.integrations",

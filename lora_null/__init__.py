@@ -7,7 +7,7 @@ triton and peft are imported by the functions that need them.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ._version import __version__
+from .system.version import __version__
 
 # No subpackage bears the name of a function: importing it would bind it here as an attribute and hide the function.
 _HOME = {
@@ -16,6 +16,7 @@ _HOME = {
     "LoraNullLinear": "adapters",
     "NullBasis": "solver",
     "NullSpace": "solver",
+    "RetentionCallback": "integrations",
     "calibrate": "calibration",
     "evaluate": "evaluation",
     "factorize": "solver",
@@ -28,7 +29,7 @@ _HOME = {
     "null_spaces": "solver",
     "save_adapter": "adapters",
 }
-_MODULES = ("ops", "peft")
+_MODULES = ("bayes", "ops", "peft")
 
 __all__ = [
     "Covariances",
@@ -36,7 +37,9 @@ __all__ = [
     "LoraNullLinear",
     "NullBasis",
     "NullSpace",
+    "RetentionCallback",
     "__version__",
+    "bayes",
     "calibrate",
     "evaluate",
     "factorize",
@@ -53,7 +56,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import ops, peft
+    from . import bayes, ops, peft
     from .adapters.initialize import initialize
     from .adapters.layer import LoraNullLinear
     from .adapters.load import load_adapter
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
     from .config import LoraNullConfig
     from .covariances import Covariances
     from .evaluation.evaluate import evaluate
+    from .integrations.retention import RetentionCallback
     from .solver.factorize import factorize
     from .solver.null_basis import NullBasis, null_basis
     from .solver.null_space import NullSpace, null_space

@@ -22,7 +22,7 @@ _SPECIAL = (
     "kasa_config",
 )
 # Ways to start in which PEFT itself changes the base weights.
-_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def require_plain(path: Path, config: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ def require_plain(path: Path, config: Mapping[str, Any]) -> None:
             "rank and without biases. Load it with PEFT."
         )
     start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_SHIFTING):
+    if start.startswith(SHIFTING):
         raise ValueError(
             f"{path} has init_lora_weights={start!r}: the adapter belongs to a base that PEFT shifted "
             "when training began; expected one for the pre-trained base. Convert it with PEFT: "

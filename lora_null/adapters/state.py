@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from .._version import __version__
 from ..config import LoraNullConfig
 from ..models.wrappers import STATE
 from ..system.files import read_json, write_json
+from ..system.version import __version__
 
 OWN_CONFIG = "lora_null.json"
 # Under this name a model's own configuration, and so config.json in a trainer's checkpoint, says the same.
 CONFIG_KEY = "lora_null"
+# Where a layer of PEFT keeps (A0, B0) of a shifted base, by adapter name.
+INITIAL = "_lora_null_initial"
 _FORMAT = 1
 _KINDS: dict[str, Any] = {
     "format": int,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._version import __version__
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.identity import fingerprint
@@ -20,6 +19,7 @@ from ..models.weights import is_distributed
 from ..models.wrappers import uncompiled
 from ..system.distributed import announcing_failure, is_shared_out, require_lockstep, share_of
 from ..system.log import logger
+from ..system.version import __version__
 from .batches import iterate, length_of
 from .callback import run_callback
 from .checkpoint import check_checkpoint

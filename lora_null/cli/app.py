@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .._version import __version__
 from ..quickstart.settings import Settings
 from ..system.environment import switched_on
+from ..system.version import __version__
 from . import commands
 from .options import AsJson, Device, Progress, Rank, flags_of
 
@@ -43,7 +43,7 @@ def inspect(
 ) -> None:
     """Print null energy, effective rank and condition number per layer, or what an adapter changes."""
     from ..covariances.covariances import Covariances
-    from ..report import adapter_report, spectrum_report
+    from ..evaluation.report import adapter_report, spectrum_report
     from .output import print_adapter, print_spectra
 
     if path.is_dir():

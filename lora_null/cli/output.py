@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..covariances.covariances import Covariances
-from ..report import LayerSpectrum, LayerUpdate, rows_as_dicts
+from ..evaluation.report import LayerSpectrum, LayerUpdate, rows_as_dicts
 
 
 def print_spectra(covariances: Covariances, rows: list[LayerSpectrum], r: int, *, as_json: bool) -> None:

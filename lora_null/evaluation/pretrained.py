@@ -10,10 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..adapters.layer import adapter_layers, disable_adapters
-
-_INITIAL = "_lora_null_initial"
-# Ways to start in which PEFT itself changes the base weights, and keeps no record of by how much.
-_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from ..adapters.plain import SHIFTING
+from ..adapters.state import INITIAL
 
 
 def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
@@ -43,7 +41,7 @@ def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
         )
     for name, config in getattr(model, "peft_config", {}).items():
         start = str(getattr(config, "init_lora_weights", "")).lower()
-        if start.startswith(_SHIFTING) and not any(getattr(layer, _INITIAL, None) for layer in layers.values()):
+        if start.startswith(SHIFTING) and not any(getattr(layer, INITIAL, None) for layer in layers.values()):
             raise ValueError(
                 f"The adapter {name!r} began with init_lora_weights={start!r}, by which PEFT changes the base weights: "
                 "without the adapter the model is not the pre-trained one. Pass base=, the pre-trained model."
@@ -67,7 +65,7 @@ def pretrained(model: nn.Module, base: nn.Module | None = None) -> Iterator[nn.M
             stack.enter_context(_flags_kept(model))
             stack.enter_context(_disabled(model, layers))
             for layer in layers.values():
-                if getattr(layer, _INITIAL, None):
+                if getattr(layer, INITIAL, None):
                     stack.enter_context(_started(layer))
         yield model
 
@@ -111,7 +109,7 @@ def _disabled(model: Any, layers: dict[str, Any]) -> Iterator[None]:
 @contextmanager
 def _started(layer: Any) -> Iterator[None]:
     """Let a layer on a shifted base run with the adapters that it began with, instead of with none."""
-    initial = getattr(layer, _INITIAL)
+    initial = getattr(layer, INITIAL)
     factors = [
         (part[name].weight, start)
         for name, pair in initial.items()

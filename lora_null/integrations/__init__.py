@@ -1,5 +1,6 @@
-"""For other people's training programs: a callback for transformers' trainers, a plugin for axolotl."""
+"""For other people's training programs: callbacks for transformers' trainers, a plugin for axolotl."""
 
 from .callback import KeepFrozen
+from .retention import RetentionCallback
 
-__all__ = ["KeepFrozen"]
+__all__ = ["KeepFrozen", "RetentionCallback"]

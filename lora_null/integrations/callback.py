@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..adapters.layer import adapter_layers
+from ..adapters.state import INITIAL
 from ..peft.layers import freeze_lora_A, lora_layers
-from ..peft.record import INITIAL
 
 
 class KeepFrozen(TrainerCallback):

@@ -15,11 +15,9 @@ from torch import Tensor
 from ..adapters.delta import pad, stack, unstack
 from ..adapters.files import WEIGHTS
 from ..adapters.names import tensor_names
-from ..adapters.state import AdapterState
+from ..adapters.state import INITIAL, AdapterState
 from ..system.files import replacing
 
-# Where a layer keeps (A0, B0) of a shifted base, by adapter name.
-INITIAL = "_lora_null_initial"
 _RECORD = "_lora_null_record"
 # How far A0 and B0 of a checkpoint may be from the layer's own, relative to their norms; more where they were rounded.
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2

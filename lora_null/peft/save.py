@@ -13,11 +13,10 @@ from ..adapters.delta import stack
 from ..adapters.files import Adapter
 from ..adapters.names import published_name, short_names
 from ..adapters.save import save_from
-from ..adapters.state import AdapterState, get_state
+from ..adapters.state import INITIAL, AdapterState, get_state
 from ..config import LoraNullConfig
 from ..models.wrappers import plain_name, unwrapped
 from .layers import base_names, lora_layers
-from .record import INITIAL
 
 
 def save_adapter(

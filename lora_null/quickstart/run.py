@@ -22,8 +22,8 @@ from ..adapters.save import save_adapter
 from ..calibration.calibrate import calibrate
 from ..calibration.texts import read_texts, token_batches
 from ..config import LoraNullConfig
+from ..evaluation.report import eigenvalues_of, row_space_energies
 from ..models.loading import choose_device, load_tokenizer, parse_dtype
-from ..report import eigenvalues_of, row_space_energies
 from . import tables
 from .evaluation import Knowledge, score_facts, task_loss
 from .facts import Fact, country_facts

@@ -226,7 +226,7 @@ class TestNewerFormats:
 
     @pytest.mark.parametrize("read", ["load_adapter", "load_trainable", "adapter_report", "export_adapter"])
     def test_every_reader_refuses_an_adapter(self, llama, newer, tmp_path, read):
-        from lora_null.report import adapter_report
+        from lora_null.evaluation.report import adapter_report
 
         model = llama()
         names = list(model.state_dict())

@@ -40,8 +40,8 @@ class TestHelp:
     def test_flags_are_the_names_of_the_python_arguments(self):
         """What a flag sets must be an argument of the function behind the command."""
         from lora_null.adapters import export_adapter
+        from lora_null.evaluation.report import adapter_report, spectrum_report
         from lora_null.quickstart.settings import Settings
-        from lora_null.report import adapter_report, spectrum_report
 
         fields = set(lora_null.LoraNullConfig.__dataclass_fields__)
         behind = {

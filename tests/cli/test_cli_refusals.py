@@ -220,6 +220,6 @@ def test_a_defect_of_the_package_keeps_its_traceback(run, monkeypatch, folder):
     def fail(*_, **__):
         raise RuntimeError("defect")
 
-    monkeypatch.setattr("lora_null.report.adapter_report", fail)
+    monkeypatch.setattr("lora_null.evaluation.report.adapter_report", fail)
     with pytest.raises(RuntimeError, match="defect"):
         run("inspect", folder)

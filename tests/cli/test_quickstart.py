@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_null import report
+from lora_null.evaluation import report
 from lora_null.quickstart import evaluation, facts, measure, problems, training
 from lora_null.quickstart import model as quickstart_model
 from lora_null.quickstart.run import check_output, reload_elsewhere, run

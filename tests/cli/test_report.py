@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_null
-from lora_null import report
 from lora_null.covariances import Covariances
+from lora_null.evaluation import report
 
 
 def covariances_with(eigenvalues, tokens=1000, seed=0):

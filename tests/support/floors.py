@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[2]
 # Lowest first. A package imports from lower floors and from itself; neighbours on one floor do not know each other.
 FLOORS: list[dict[str, str]] = [
     {
-        "_version": "the version",
         "csrc": "C++ on ATen: solver, covariance, linear",
-        "system": "environment, files, tensors as bytes, processes, log, compiled extension",
+        "system": "version, environment, files, tensors as bytes, processes, log, compiled extension",
     },
     {"config": "the one configuration object", "kernels": "Triton kernels, launchers, configurations as data"},
     {
@@ -29,9 +28,9 @@ FLOORS: list[dict[str, str]] = [
         "calibration": "texts to covariances",
     },
     {
-        "evaluation": "a tuned model beside the pre-trained one",
+        "bayes": "posteriors over adapters, and honest probabilities from them",
+        "evaluation": "a tuned model beside the pre-trained one; spectra and adapters in figures",
         "peft": "the same for models that PEFT has prepared",
-        "report": "spectra and adapters in figures",
     },
     {
         "__init__": "the public names, loaded on first use",

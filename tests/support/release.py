@@ -27,8 +27,8 @@ def text(name: str) -> str:
 
 def version() -> str:
     """Return the version of the package."""
-    found = re.search(r'__version__ = "([^"]+)"', text("lora_null/_version.py"))
-    assert found, "lora_null/_version.py has no __version__"
+    found = re.search(r'__version__ = "([^"]+)"', text("lora_null/system/version.py"))
+    assert found, "lora_null/system/version.py has no __version__"
     return found[1]
 
 

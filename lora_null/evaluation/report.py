@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapters.files import Adapter
-from .covariances.covariances import Covariances
+from ..adapters.files import Adapter
+from ..covariances.covariances import Covariances
 
 # Below this share of the largest eigenvalue the spectrum of an fp32 sum is rounding noise.
 _NOISE = float(torch.finfo(torch.float32).eps)
@@ -191,6 +191,23 @@ def rows_as_dicts(rows: list[LayerSpectrum] | list[LayerUpdate]) -> Iterator[dic
         yield {key: None if value == float("inf") else value for key, value in asdict(row).items()}
 
 
+def response(lora_A: Tensor, lora_B: Tensor, C: Tensor) -> float | None:
+    """Return ``tr(dW C dW^T) d / (|dW|^2 tr(C))`` of ``dW = B A``, see :attr:`LayerUpdate.response`.
+
+    Args:
+        lora_A: ``(r, d)``.
+        lora_B: ``(m, r)``.
+        C: ``(d, d)``, the covariance of the layer's input.
+    """
+    C = C.double()
+    lora_A, lora_B = (factor.detach().to(C.device, torch.float64) for factor in (lora_A, lora_B))
+    gram_B = lora_B.T @ lora_B
+    norm_squared, trace = float((gram_B * (lora_A @ lora_A.T)).sum()), float(C.trace())
+    if norm_squared <= 0 or trace <= 0:
+        return None
+    return float((gram_B * (lora_A @ C @ lora_A.T)).sum()) * C.shape[0] / (norm_squared * trace)
+
+
 def _row_basis(lora_A: Tensor) -> Tensor:
     # The export of a trained A stacks [A ; A - A0]: its rows may be dependent, so the rank is found, not assumed.
     _, singular_values, rows = torch.linalg.svd(lora_A, full_matrices=False)
@@ -212,15 +229,10 @@ def _measure(
     name: str, lora_A: Tensor, lora_B: Tensor, C: Tensor | None = None, eigenvalues: Tensor | None = None
 ) -> LayerUpdate:
     (r, d), m = lora_A.shape, lora_B.shape[0]
-    gram_B = lora_B.T @ lora_B
-    norm_squared = max(0.0, float((gram_B * (lora_A @ lora_A.T)).sum()))
-    row_energy = response = None
-    if C is not None:
-        row_energy = row_space_energy(lora_A, C, eigenvalues)
-        trace = float(C.trace())
-        if norm_squared > 0 and trace > 0:
-            response = float((gram_B * (lora_A @ C @ lora_A.T)).sum()) * d / (norm_squared * trace)
-    return LayerUpdate(name, d, m, r, norm_squared**0.5, row_energy, response)
+    norm = max(0.0, float(((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum())) ** 0.5
+    if C is None:
+        return LayerUpdate(name, d, m, r, norm)
+    return LayerUpdate(name, d, m, r, norm, row_space_energy(lora_A, C, eigenvalues), response(lora_A, lora_B, C))
 
 
 def _ratio(numerator: float, denominator: float) -> float:

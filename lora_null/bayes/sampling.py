@@ -1,0 +1,101 @@
+"""Several samples of the factors in one forward.
+
+Only a layer whose input is the same for all samples can share its base product: the first adapted one. Behind it
+samples differ, and a network has to be run on each. :func:`folded` therefore folds the samples into the batch, as
+``(S B, ...)``, so that they run as one batch through weights that are read once; each sample has its own low-rank
+term, a batched product of rank r. :func:`on_shared_input` is the other case, one layer by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layers import AdaptedLayer
+
+# By layer and factor: deviations of S samples, (S, r, d) for lora_A and (S, m, r) for lora_B.
+Deviations = Mapping[str, Mapping[str, Tensor]]
+
+
+def on_shared_input(layer: AdaptedLayer, x: Tensor, deviations: Mapping[str, Tensor]) -> Tensor:
+    """Apply one layer with S sampled pairs of factors to one ``x (..., d)``; return ``(S, ..., m)``.
+
+    The layer itself, base and mean adapter, is computed once. The S deviations of A are one matrix of rank ``S r``,
+    so that x is read twice in all.
+    """
+    y = layer.module(x)
+    change = _change(layer, x.reshape(-1, x.shape[-1]), deviations)
+    return y + change.to(y.dtype).view(-1, *y.shape)
+
+
+@contextmanager
+def folded(layers: Mapping[str, AdaptedLayer], deviations: Deviations, rows: tuple[int, ...]) -> Iterator[None]:
+    """Let every layer treat its input as S samples of a batch, one after the other, for the length of the block.
+
+    Args:
+        layers: By name.
+        deviations: Of the same names.
+        rows: ``(S, B)``, or ``(S, B, L)`` where the model reads tokens; what an input's first axes must amount to.
+    """
+    with ExitStack() as stack:
+        for name, parts in deviations.items():
+            hook = partial(_add, name, layers[name], parts, rows)
+            stack.callback(layers[name].module.register_forward_hook(hook).remove)
+        yield
+
+
+def repeated(inputs: Mapping[str, Any], samples: int, batch: int) -> dict[str, Any]:
+    """Repeat every tensor whose first axis is the batch, as a whole, ``samples`` times."""
+    return {
+        key: value.repeat(samples, *[1] * (value.ndim - 1))
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def _add(
+    name: str,
+    layer: AdaptedLayer,
+    parts: Mapping[str, Tensor],
+    rows: tuple[int, ...],
+    module: nn.Module,
+    args: Sequence[Tensor],
+    y: Tensor,
+) -> Tensor:
+    x, samples = args[0], rows[0]
+    # Tokens flattened into rows keep their order; the tokens that a router sends to an expert do not.
+    flat = x.ndim == 2 and len(rows) == 3 and x.shape[0] == samples * rows[1] * rows[2]
+    if x.shape[0] != samples * rows[1] and not flat:
+        raise ValueError(
+            f"The input of {name} is {tuple(x.shape)}; expected the {samples} samples of {rows[1]} rows as its first "
+            "axis. The model mixes rows, as experts do: pass batched=False to run one sample after the other."
+        )
+    change = _change(layer, x.reshape(samples, -1, x.shape[-1]), parts)
+    return y + change.to(y.dtype).reshape(y.shape)
+
+
+def _change(layer: AdaptedLayer, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return ``s [x (A + dA)^T (B + dB)^T - x A^T B^T]`` as ``(S, N, m)`` for ``x (N, d)`` or ``(S, N, d)``.
+
+    Written as ``x dA^T (B + dB)^T + x A^T dB^T``: nothing cancels, and where ``A x = 0`` a random B changes nothing.
+    """
+    A, B = layer.factor("lora_A"), layer.factor("lora_B")
+    x = x.to(A.dtype)
+    dA, dB = parts.get("lora_A"), parts.get("lora_B")
+    change = None
+    if dA is not None:
+        samples, r, d = dA.shape
+        if x.ndim == 2:
+            projected = (x @ dA.reshape(samples * r, d).T).view(-1, samples, r).transpose(0, 1)
+        else:
+            projected = x @ dA.mT
+        change = projected @ (B if dB is None else B + dB).mT
+    if dB is not None:
+        change = (x @ A.T) @ dB.mT if change is None else change + (x @ A.T) @ dB.mT
+    assert change is not None
+    return layer.scaling * change
