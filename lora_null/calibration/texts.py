@@ -36,24 +36,40 @@ def read_texts(data: str | Path, *, field: str | None = None) -> list[str]:
         ValueError: No regular file, or larger than 1 GiB; a line is not an object with that field; nothing is left.
     """
     path = Path(data)
-    require_regular(path, "a text file or a .jsonl file with calibration text", _LARGEST_TEXT)
-    try:
-        # Some editors put a byte order mark first.
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
-        ) from None
+    expected = "a text file or a .jsonl file with calibration text"
     if path.suffix.lower() == ".jsonl":
-        # splitlines() would also cut at the separators that JSON allows inside a string, such as U+2028.
-        numbered = enumerate(content.split("\n"), start=1)
-        texts = [_json_text(path, number, line, field) for number, line in numbered if line.strip()]
+        lines = read_json_lines(path, expected, "one object per line")
+        texts = [_json_text(path, number, entry, field) for number, entry in lines]
     else:
-        texts = [paragraph.strip() for paragraph in re.split(r"\n[^\S\n]*\n", content)]
+        texts = [paragraph.strip() for paragraph in re.split(r"\n[^\S\n]*\n", _content(path, expected))]
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"{path} holds no text; expected calibration text like the model's pre-training data.")
     return texts
+
+
+def read_json_lines(path: Path, expected: str, per_line: str) -> list[tuple[int, Any]]:
+    """Return ``(line number, value)`` for each line of a file that is not blank.
+
+    Args:
+        path: The file.
+        expected: What it should be, for messages.
+        per_line: What each line should be, for messages.
+
+    Raises:
+        FileNotFoundError: No such file.
+        IsADirectoryError: It is a folder.
+        ValueError: No regular file, or larger than 1 GiB; not UTF-8; a line is not JSON.
+    """
+    entries = []
+    # splitlines() would also cut at the separators that JSON allows inside a string, such as U+2028.
+    for number, line in enumerate(_content(path, expected).split("\n"), start=1):
+        if line.strip():
+            try:
+                entries.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); expected {per_line}.") from None
+    return entries
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -109,11 +125,18 @@ def _pad(pieces: Iterable[list[int]], fill: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _json_text(path: Path, number: int, line: str, field: str | None) -> str:
+def _content(path: Path, expected: str) -> str:
+    require_regular(path, expected, _LARGEST_TEXT)
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON ({error}); expected one object per line.") from None
+        # Some editors put a byte order mark first.
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
+        ) from None
+
+
+def _json_text(path: Path, number: int, entry: Any, field: str | None) -> str:
     if isinstance(entry, str):
         return entry
     names = (field,) if field else TEXT_FIELDS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.texts import read_texts
+from ..calibration.texts import read_json_lines, read_texts
 
 # A text, or a prompt with the completion that alone is scored.
 Text = str | Mapping[str, str]
@@ -147,7 +146,7 @@ def _read_pairs(path: Path) -> list[Text]:
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         return []
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        entries = [entry for _, entry in read_json_lines(path, "a .jsonl file of texts", "one object per line")]
     except ValueError:
         return []  # read_texts says what is wrong, and in which line
     pairs: list[Text] = [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..calibration.texts import read_json_lines
 from .documents import encode_pair
 
 
@@ -55,7 +55,10 @@ def read_questions(questions: str | os.PathLike | Sequence[Question | Mapping[st
         ValueError: An entry is incomplete, or its answer is not among its choices; the message says which.
     """
     if isinstance(questions, str | os.PathLike):
-        questions = _read_lines(Path(questions))
+        path, expected = Path(questions), "a .jsonl file with one question per line"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file; expected {expected}.")
+        questions = [entry for _, entry in read_json_lines(path, expected, "one question per line")]
     if not len(questions):
         raise ValueError("questions is empty; expected at least one question.")
     return [
@@ -100,18 +103,3 @@ def _question(entry: Any, number: int) -> Question:
             "them, word for word, or its index from 0."
         )
     return Question(text, tuple(choices), answer, str(entry.get("kind") or ""))
-
-
-def _read_lines(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; expected a .jsonl file with one question per line.")
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not JSON ({error}); expected one question per line."
-                ) from None
-    return entries
