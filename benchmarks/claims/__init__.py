@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from .. import timing
 
 Found = dict[str, tuple[float, float]]
@@ -26,6 +28,13 @@ def milliseconds(calls: Mapping[str, Callable[[], Any]], seconds: float = 4.0) -
         call()
     samples = timing.interleave(timed, timing.clock("cpu"), seconds=seconds)
     return {name: timing.Times.of(values).median_ms for name, values in samples.items()}
+
+
+def covariance_errors(T: int, d: int) -> tuple[torch.Tensor, Callable[[torch.Tensor], float]]:
+    """Return random ``x (T, d)``, and a function of C that says how far its lower triangle is from the fp64 sum."""
+    x = torch.randn(T, d, generator=torch.Generator().manual_seed(0))
+    truth = (x.double().T @ x.double()).tril()
+    return x, lambda C: float((C.double().tril() - truth).norm() / truth.norm())
 
 
 def compiled_with(**constants: str) -> ModuleType:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.batches import IGNORED_LABEL
+from ..calibration.batches import IGNORED_LABEL, to_device
 from ..models.modes import evaluating, input_device
 
 
@@ -36,12 +36,7 @@ def model_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
         raise TypeError(f"The batch is a {type(batch).__name__}; expected a mapping with input_ids, or ids (B, L).")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; expected a decoder or a classifier.")
-    device = input_device(model)
-    return {
-        key: value.to(device) if isinstance(value, Tensor) and device is not None else value
-        for key, value in batch.items()
-        if key != "labels"
-    }
+    return to_device({key: value for key, value in batch.items() if key != "labels"}, input_device(model))
 
 
 def logits_of(output: Any) -> Tensor:

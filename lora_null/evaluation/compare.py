@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..calibration.batches import to_device
 from ..models.modes import input_device
 from .documents import Document, batches, padded, windows
 from .pretrained import pretrained
@@ -63,8 +64,7 @@ def compare(
 
 def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Return the model's logits ``(B, L, V)``, wherever it computes them."""
-    device = input_device(model)
-    return model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False).logits
+    return model(**to_device(inputs, input_device(model)), use_cache=False).logits
 
 
 def compare_logits(before: Tensor, after: Tensor, rows: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
