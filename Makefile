@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*)
 
-.PHONY: quickstart test style bench bench-gpu figures docs release test-matrix clean
+.PHONY: quickstart test test-peers style bench bench-gpu figures docs release test-matrix clean
 
 # The main job on a real model: calibrate, initialise, fine-tune, compare with LoRA, save, reload.
 quickstart: $(VENV)/.installed
@@ -13,6 +13,10 @@ quickstart: $(VENV)/.installed
 # Everything that must hold, without a GPU, style first; the tests of the CUDA kernels run where a device is.
 test: style
 	$(BIN)/python -m pytest $(ARGS)
+
+# PEFT's own LoRA tests, fetched with pip, with and without the fused forward; fails on any that fails only when fused.
+test-peers: $(VENV)/.installed
+	$(BIN)/python -m tests.peers $(ARGS)
 
 # Seconds instead of minutes; .pre-commit-config.yaml calls the same.
 style: $(VENV)/.installed

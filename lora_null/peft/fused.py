@@ -21,12 +21,14 @@ class FusedLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``x (..., d)`` to ``(..., m)``, as PEFT does."""
-        reason = _reason_against(self, x, args, kwargs)
+        # Of several adapters, this layer may hold one.
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        reason = _reason_against(self, names, x, args, kwargs)
         if reason is not None:
             if reason:
                 fall_back("A LoRA layer", reason, "PEFT's own forward")
             return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
+        (name,) = names
         base: Any = self.get_base_layer()
         lora_A: Any = self.lora_A[name]
         lora_B: Any = self.lora_B[name]
@@ -40,6 +42,10 @@ class FusedLoraLinear(lora.Linear):
             bias=base.bias,
             dropout=dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
         )
+
+    def _get_name(self) -> str:
+        """Return the name that PEFT's reports, such as ``get_layer_status``, show: it is PEFT's layer as before."""
+        return lora.Linear.__name__
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
         if isinstance(module, FusedLoraLinear):
             patched.append(module)
             continue
-        base = module.get_base_layer()
+        # Not the innermost: a mixed model may have an adapter of another kind in between.
+        base = module.base_layer
         if type(module) is lora.Linear and type(base) is nn.Linear:
             module.__class__ = FusedLoraLinear
             patched.append(module)
@@ -93,18 +100,15 @@ def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
     return FusedKernels(tuple(patched), skipped)
 
 
-def _reason_against(layer: lora.Linear, x: Tensor, args: tuple, kwargs: dict) -> str | None:
-    """Say why the fused operation cannot take this call; ``""`` for states in which PEFT skips the adapter."""
-    if layer.disable_adapters or layer.merged:
+def _reason_against(layer: lora.Linear, names: list[str], x: Tensor, args: tuple, kwargs: dict) -> str | None:
+    """Say why the fused operation cannot take this call; ``""`` for states in which PEFT skips the adapters."""
+    if layer.disable_adapters or layer.merged or not names:
         return ""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not active:
-        return ""
-    if len(active) > 1:
+    if len(names) > 1:
         return "several active adapters"
     if args or any(value is not None for value in kwargs.values()):
         return f"extra forward arguments {sorted(kwargs)}"
-    name = active[0]
+    (name,) = names
     if name in layer.lora_variant:
         return f"the variant {type(layer.lora_variant[name]).__name__}"
     if layer.lora_B[name].bias is not None or layer.fan_in_fan_out:

@@ -11,3 +11,8 @@ def warn_once(key: str, message: str) -> None:
     if key not in _given:
         _given.add(key)
         logger.warning(message)
+
+
+def forget_warnings() -> None:
+    """Let every warning be given once more, in a long notebook or a test."""
+    _given.clear()

@@ -5,13 +5,13 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from safetensors.torch import load_file
 
 import lora_null
 from lora_null import peft as lora_null_peft
-from lora_null.system.log import _given
+from lora_null.system.log import forget_warnings
 
 R = 6
 
@@ -139,6 +139,7 @@ def test_fused_forward_agrees_and_can_be_undone(llama, covariances, dtype):
     handle = lora_null_peft.use_fused_kernels(model)
     assert handle.patched == 14 and not handle.skipped
     assert list(model.state_dict()) == names
+    assert {status.module_type for status in model.get_layer_status()} == {"lora.Linear"}
     fused = run()
     assert (fused[0] - truth[0]).norm() <= 2 * (eager[0] - truth[0]).norm()
     assert error(fused[1]) <= 2 * error(eager[1])
@@ -159,7 +160,7 @@ class TestFallback:
         """Compare with PEFT's own layers and count the log lines about falling back."""
         expected = model(ids(), **inputs).logits
         handle = lora_null_peft.use_fused_kernels(model)
-        _given.clear()
+        forget_warnings()
         with caplog.at_level(logging.WARNING, "lora_null"):
             assert torch.equal(model(ids(), **inputs).logits, expected)
             model(ids(), **inputs)
@@ -179,6 +180,28 @@ class TestFallback:
         model.base_model.set_adapter(["default", "second"])
         self.agrees(model, caplog, "several active adapters")
 
+    def test_adapters_in_different_layers(self, model, caplog):
+        """Each layer computes the one that it holds, wherever that stands among the active ones."""
+        other = {"r": 3, "target_modules": ["up_proj"], "init_lora_weights": False}
+        model = get_peft_model(model.unload(), LoraConfig(**other | {"target_modules": ["q_proj"]}))
+        model.add_adapter("second", LoraConfig(**other))
+        model.base_model.set_adapter(["default", "second"])
+        expected = model(ids()).logits
+        lora_null_peft.use_fused_kernels(model)
+        forget_warnings()
+        with caplog.at_level(logging.WARNING, "lora_null"):
+            assert (model(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
+        assert "falls back" not in caplog.text
+
+    def test_an_adapter_of_another_kind_in_between(self, llama):
+        """A mixed model puts one adapted layer into another."""
+        model = get_peft_model(llama(), LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False), mixed=True)
+        model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+        model.set_adapter(["default", "second"])
+        expected = model(ids()).logits
+        lora_null_peft.use_fused_kernels(model)
+        assert torch.equal(model(ids()).logits, expected)
+
     def test_mixed_batches(self, model, caplog):
         model.eval()
         self.agrees(model, caplog, "extra forward arguments", adapter_names=["default", "__base__"])
@@ -196,7 +219,7 @@ class TestFallback:
         self.agrees(model, caplog, "the variant DoraLinearVariant")
 
     def test_a_model_without_lora_says_so(self, llama, caplog):
-        _given.clear()
+        forget_warnings()
         with caplog.at_level(logging.WARNING, "lora_null"):
             assert lora_null_peft.use_fused_kernels(llama()).patched == 0
         assert "patched no layer" in caplog.text
