@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,9 +15,25 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def helped(text: str, default: Any) -> Any:
+def _is_rank(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_alpha(value) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def helped(text: str, default: Any, **options: Any) -> Any:
     """Return a dataclass field with the help text of the command-line flag that sets it."""
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text}, **options)
+
+
+def pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first of ``patterns`` that selects the module ``name``, as PEFT reads a ``rank_pattern``.
+
+    A pattern is a regular expression for the end of the name, after a dot or from its start.
+    """
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,8 @@ class LoraNullConfig:
 
     Attributes:
         r: Rank of the adapters: how many of the least used input directions each layer may learn in.
-        lora_alpha: Numerator of the scaling ``lora_alpha / r``. ``None`` means ``r``, the paper's scaling of 1.
+        lora_alpha: Numerator of the scaling ``lora_alpha / r``. ``None`` means the rank of each layer: the paper's
+            scaling of 1.
         target_modules: ``"all-linear"`` (every linear layer except the output head), a regular expression
             that must match the whole module name, or a list of name suffixes, as in PEFT.
         freeze_a: Train only ``lora_B`` and leave the base weights untouched. The update then stays inside
@@ -34,44 +52,126 @@ class LoraNullConfig:
             of rank ``2 r``.
         lora_dropout: Dropout on the adapter's input while training, in ``[0, 1)``.
         seed: Seed of every randomised step of the initialisation.
+        exclude_modules: Layers that get no adapter although ``target_modules`` selects them: a regular expression
+            for whole names, or name suffixes.
+        layers_to_transform: Numbers of the decoder layers in which adapters are made; ``None``: in all. Goes with
+            ``"all-linear"`` or name suffixes.
+        layers_pattern: Names of the module list that the numbers count, where a model has several.
+        rank_pattern: Ranks other than ``r``: a regular expression for the end of a module name to the rank.
+        alpha_pattern: The same for ``lora_alpha``.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
+        modules_to_save: Suffixes of modules that train as they are, such as a new classification head; they get no
+            adapters, and go into the adapter's file whole.
     """
 
     r: int = helped("Rank of the adapters.", 128)
-    lora_alpha: float | None = helped("Numerator of the scaling lora_alpha / r; defaults to r.", None)
+    lora_alpha: float | None = helped("Scaling is lora_alpha / r; default: r.", None)
     target_modules: str | Sequence[str] = helped("all-linear, a regular expression or name suffixes.", ALL_LINEAR)
     freeze_a: bool = helped("Train lora_B only, on the untouched base.", True)
     lora_dropout: float = helped("Dropout on the adapter's input.", 0.0)
     seed: int = helped("Seed of every randomised step.", 0)
+    exclude_modules: str | Sequence[str] | None = helped("Layers left out, written likewise.", None)
+    layers_to_transform: int | Sequence[int] | None = helped("Numbers of the layers, with commas.", None)
+    layers_pattern: str | Sequence[str] | None = helped("Module list that the numbers count.", None)
+    # A dictionary has no hash; configurations that differ in these only share theirs.
+    rank_pattern: Mapping[str, int] | None = helped("NAME=R for some layers; repeatable.", None, hash=False)
+    alpha_pattern: Mapping[str, float] | None = helped("NAME=ALPHA likewise.", None, hash=False)
+    use_rslora: bool = helped("Scale by lora_alpha / sqrt(r).", False)
+    modules_to_save: Sequence[str] | None = helped("Modules that train whole, such as a head.", None)
 
     def __post_init__(self):
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+        if not _is_rank(self.r):
             raise ValueError(f"r is {self.r!r}; expected a positive integer, for instance r=128.")
-        if self.lora_alpha is not None and not (_is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf):
+        if self.lora_alpha is not None and not _is_alpha(self.lora_alpha):
             raise ValueError(
                 f"lora_alpha is {self.lora_alpha!r}; expected a positive number, or None for lora_alpha = r."
             )
         if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; expected a probability in [0, 1).")
-        if not isinstance(self.freeze_a, bool):
-            raise ValueError(f"freeze_a is {self.freeze_a!r}; expected True or False.")
+        for name in ("freeze_a", "use_rslora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False.")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}; expected an integer.")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not self.target_modules:
             raise ValueError('target_modules is empty; expected "all-linear", a regular expression or names.')
+        self._check_choices()
+        self._check_pattern("rank_pattern", _is_rank, "ranks, positive integers")
+        self._check_pattern("alpha_pattern", _is_alpha, "positive numbers")
+
+    def _check_choices(self) -> None:
+        """Bring what narrows the choice of layers into one form: a regular expression, a tuple, or ``None``."""
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save is {self.modules_to_save!r}; expected a list of module names.")
+        for name, kind in (
+            ("exclude_modules", str),
+            ("layers_to_transform", int),
+            ("layers_pattern", str),
+            ("modules_to_save", str),
+        ):
+            value = getattr(self, name)
+            if name == "exclude_modules" and isinstance(value, str):
+                continue
+            parts = () if value is None else (value,) if isinstance(value, kind) else value
+            if not isinstance(parts, Sequence | set | frozenset) or not all(
+                isinstance(part, kind) and not isinstance(part, bool) and part != "" for part in parts
+            ):
+                expected = "numbers" if kind is int else "names"
+                raise ValueError(f"{name} is {value!r}; expected {expected}, for instance in a list, or None.")
+            ordered = sorted(parts) if isinstance(parts, set | frozenset) else parts
+            object.__setattr__(self, name, tuple(ordered) or None)
+        if self.layers_to_transform is None and self.layers_pattern is not None:
+            raise ValueError(
+                f"layers_pattern is {self.layers_pattern!r} without layers_to_transform; expected the numbers of the "
+                "layers too."
+            )
+        if self.layers_to_transform and isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            raise ValueError(
+                f"layers_to_transform is {self.layers_to_transform!r} beside the regular expression "
+                f'{self.target_modules!r}; expected "all-linear" or name suffixes with it. Put the numbers into the '
+                "expression."
+            )
+
+    def _check_pattern(self, name: str, fits: Any, expected: str) -> None:
+        value = getattr(self, name)
+        wrong = (
+            f"{name} is {value!r}; expected a dictionary of ends of module names, regular expressions, to {expected}"
+        )
+        if not isinstance(value, Mapping | None) or not all(isinstance(key, str) for key in value or ()):
+            raise ValueError(f"{wrong}.")
+        for key, number in (value or {}).items():
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{wrong}: {key!r} is no regular expression ({error}).") from None
+            if not fits(number):
+                raise ValueError(f"{wrong}, but {key!r} has {number!r}.")
+        object.__setattr__(self, name, dict(value) if value else None)
 
     @property
     def scaling(self) -> float:
-        """The factor ``s = lora_alpha / r`` in ``y = x W^T + s (x A^T) B^T``."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+        """The factor ``s`` in ``y = x W^T + s (x A^T) B^T`` of the layers that no pattern names."""
+        return self._scaling(self.r, self.lora_alpha)
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of the adapter on the module ``name``."""
+        key = pattern_key(self.rank_pattern or (), name)
+        return self.r if self.rank_pattern is None or key is None else self.rank_pattern[key]
+
+    def scaling_of(self, name: str) -> float:
+        """Return the factor ``s`` of the adapter on the module ``name``."""
+        key = pattern_key(self.alpha_pattern or (), name)
+        lora_alpha = self.lora_alpha if self.alpha_pattern is None or key is None else self.alpha_pattern[key]
+        return self._scaling(self.rank_of(name), lora_alpha)
+
+    def _scaling(self, r: int, lora_alpha: float | None) -> float:
+        return (r if lora_alpha is None else lora_alpha) / (r**0.5 if self.use_rslora else r)
 
     def to_dict(self) -> dict:
         """Return the fields as plain JSON values."""
-        values = asdict(self)
-        if not isinstance(self.target_modules, str):
-            values["target_modules"] = list(self.target_modules)
-        return values
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> LoraNullConfig:

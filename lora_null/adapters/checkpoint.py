@@ -49,11 +49,11 @@ def of_checkpoint(folder: Path, lora_alpha: float | None = None) -> Adapter:
         if lora_alpha is not None:
             scaling = lora_alpha / lora_A.shape[0]
         else:
-            scaling = 1.0 if state is None else state.config.scaling
+            scaling = 1.0 if state is None else state.config.scaling_of(module)
         initial = (parts["initial_A"], parts["initial_B"]) if "initial_A" in parts else None
         factors[module] = stack(lora_A, lora_B, scaling, initial)
     if state is not None:
-        state = replace(state, stacked=any("initial_A" in parts for parts in tensors.values()))
+        state = replace(state, stacked=state.stacked or any("initial_A" in parts for parts in tensors.values()))
     classes = config.get("architectures") or [""]
     task_type = "CAUSAL_LM" if classes[0].endswith(("ForCausalLM", "LMHeadModel")) else None
     return Adapter(factors, short_names(weights, factors), config.get("_name_or_path"), task_type, state)

@@ -49,7 +49,7 @@ def export_adapter(
         adapter = Adapter.read(folder)
         if lora_alpha is not None:
             raise ValueError(
-                f"{folder} states lora_alpha={adapter.lora_alpha} itself; leave lora_alpha out, it is only for a "
+                f"{folder} states its lora_alpha itself; leave lora_alpha out, it is only for a "
                 "trainer's checkpoint of a patched model."
             )
     elif is_checkpoint(folder):

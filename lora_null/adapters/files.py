@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import LoraNullConfig
 from ..models.refusals import DIVERGED, require_finite
 from ..system.files import read_json, replaced_folder, write_json
 from .delta import pad
@@ -38,9 +40,7 @@ class Adapter:
         base_model: Name of the model, for the reader's information.
         task_type: PEFT's name for the kind of model.
         state: How the adapter began; ``None`` if another program made it.
-        lora_alpha: Numerator of the scaling; ``None`` where the scaling is part of ``lora_B``.
-        use_rslora: Divide it by the square root of the rank instead of the rank.
-        lora_dropout: Dropout probability in training.
+        recipe: Ranks, scaling and dropout as PEFT knows them; ``None`` where the scaling is part of ``lora_B``.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -48,21 +48,16 @@ class Adapter:
     base_model: str | None
     task_type: str | None
     state: AdapterState | None
-    lora_alpha: float | None = None
-    use_rslora: bool = False
-    lora_dropout: float = 0.0
+    recipe: LoraNullConfig | None = None
 
     @property
     def r(self) -> int:
-        """The largest rank, which is that of all layers on disk."""
+        """The largest rank, which is that of all layers in a folder that we write."""
         return max(len(lora_A) for lora_A, _ in self.factors.values())
 
-    @property
-    def scaling(self) -> float:
-        """The factor of ``B A``."""
-        if self.lora_alpha is None:
-            return 1.0
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+    def scaling_of(self, name: str) -> float:
+        """Return the factor of ``B A`` of a module."""
+        return 1.0 if self.recipe is None else self.recipe.scaling_of(name)
 
     @classmethod
     def read(cls, folder: Path) -> Adapter:
@@ -81,12 +76,13 @@ class Adapter:
         config = read_json(folder / PEFT_CONFIG)
         state = read_state(folder)
         require_plain(folder / PEFT_CONFIG, config)
+        recipe = _recipe(folder / PEFT_CONFIG, config)
         factors = _read_factors(folder / WEIGHTS)
         for name, (lora_A, _) in factors.items():
-            if len(lora_A) != config["r"]:
+            if len(lora_A) != recipe.rank_of(name):
                 raise ValueError(
-                    f"{folder / PEFT_CONFIG} says r={config['r']}, but the factors of {name} have rank {len(lora_A)}. "
-                    "The files do not belong together; save or download the adapter again."
+                    f"{folder / PEFT_CONFIG} says r={recipe.rank_of(name)}, but the factors of {name} have rank "
+                    f"{len(lora_A)}. The files do not belong together; save or download the adapter again."
                 )
         return cls(
             factors,
@@ -94,9 +90,7 @@ class Adapter:
             config.get("base_model_name_or_path"),
             config.get("task_type"),
             state,
-            config["lora_alpha"],
-            bool(config.get("use_rslora")),
-            config.get("lora_dropout", 0.0),
+            recipe,
         )
 
     def write(self, folder: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> int:
@@ -117,7 +111,8 @@ class Adapter:
         tensors: dict[str, Tensor] = {}
         for name, (lora_A, lora_B) in self.factors.items():
             require_finite(f"The adapter of {name}", lora_A, lora_B, f", so it was not saved. {DIVERGED}")
-            scaled_B = lora_B if self.scaling == 1 else self.scaling * lora_B.float()
+            scaling = self.scaling_of(name)
+            scaled_B = lora_B if scaling == 1 else scaling * lora_B.float()
             stored_A, stored_B = (factor.to("cpu", dtype).contiguous() for factor in pad(lora_A, scaled_B, self.r))
             advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
             require_finite(f"The adapter of {name}", stored_A, stored_B, advice)
@@ -145,6 +140,21 @@ class Adapter:
                 self.state.write(work)
             write_json(work / PEFT_CONFIG, config)
         return self.r
+
+
+def _recipe(path: Path, config: Mapping[str, Any]) -> LoraNullConfig:
+    """Return ranks, scaling and dropout of PEFT's configuration; the mode is that of another program: both train."""
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    values: dict[str, Any] = {name: config.get(name) for name in names}
+    try:
+        return LoraNullConfig(
+            **values,
+            use_rslora=bool(config.get("use_rslora")),
+            lora_dropout=config.get("lora_dropout", 0.0),
+            freeze_a=False,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} The file is damaged; save or download the adapter again.") from None
 
 
 def check_target(path: Path, overwrite: bool) -> None:

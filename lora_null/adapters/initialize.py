@@ -63,13 +63,15 @@ def initialize(
             carries adapters already or is sharded already.
     """
     wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
+    if config.modules_to_save:
+        raise ValueError("modules_to_save is not supported here yet; use PEFT's LoraConfig and lora_null.peft.")
     layers = survey(model)
-    targets = _called(layers.select(config.target_modules), covariances, config)
+    targets = _called(layers.select(config), covariances, config)
     with announcing_failure():
         _check(layers.linears, targets)
     start = start_factors(
         layers.linears,
-        dict.fromkeys(targets, config.r),
+        {name: config.rank_of(name) for name in targets},
         covariances,
         freeze_a=config.freeze_a,
         method=method,
@@ -80,7 +82,7 @@ def initialize(
     # The model changes from here on, and nothing below can fail on the user's input.
     model.requires_grad_(False)
     for name, target in targets.items():
-        _attach(target.linear, *start.factors.pop(name), config)
+        _attach(name, target.linear, *start.factors.pop(name), config)
     share_projections(model)
     if not config.freeze_a:
         logger.warning(
@@ -91,8 +93,8 @@ def initialize(
     return wrapper
 
 
-def _attach(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> LoraNullLinear:
-    options: dict[str, Any] = {"scaling": config.scaling, "lora_dropout": config.lora_dropout}
+def _attach(name: str, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> LoraNullLinear:
+    options: dict[str, Any] = {"scaling": config.scaling_of(name), "lora_dropout": config.lora_dropout}
     if config.freeze_a:
         return attach_adapter(linear, lora_A, torch.zeros_like(lora_B), **options)
     return attach_adapter(linear, lora_A, lora_B, train_a=True, initial=(lora_A.clone(), lora_B.clone()), **options)

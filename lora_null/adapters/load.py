@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,52 +64,61 @@ def load_adapter(
             f"({adapter.base_model!r}), unmerged and without other adapters, or pass "
             "verify_base=False if the difference is intended: a base that was rounded to float16, say."
         )
-    config = state.config if state else _config_of(adapter)
-    shifted = state is not None and state.stacked and is_trainable
+    config = state.config if state else adapter.recipe
+    assert config is not None
+    stacked = state is not None and state.stacked
+    shifted = stacked and is_trainable
+    ranks = {name: _rank(name, *factors[name], config, stacked) for name in targets}
     if shifted:
         for name, target in targets.items():
             target.require_writable("Training A on")
-            if factors[name][0].shape[0] % 2:
+            if ranks[name] * 2 > len(factors[name][0]):
                 raise ValueError(
                     f"{folder / OWN_CONFIG} says that the adapter has the rank-2r form, but that of {name} has the odd "
-                    f"rank {factors[name][0].shape[0]}. The two files do not belong together; save the adapter again."
+                    f"rank {len(factors[name][0])}. The two files do not belong together; save the adapter again."
                 )
-    else:
-        # On disk the scaling is part of B. Training goes on with that of the run, so that a step of B means the same.
-        r = adapter.r
-        scaling = config.scaling if is_trainable else adapter.scaling
-        config = replace(config, r=r, lora_alpha=scaling * r)
     base_model.requires_grad_(False)
     for name, target in targets.items():
-        home = home_of(target.linear)
+        home, r = home_of(target.linear), ranks[name]
         lora_A, lora_B = (factor.to(home, torch.float32) for factor in factors[name])
+        # In a folder of ours the scaling is part of B. In memory it is that of the run, so that a step of B means the
+        # same.
+        scaling = config.scaling_of(name)
+        lora_B = lora_B * adapter.scaling_of(name)
         initial: tuple[Tensor, Tensor] | None = None
         if shifted:
-            stacked = lora_A.to(adapter_dtype), lora_B.to(adapter_dtype)
-            lora_A, change_B, initial_A, initial_B = unstack(*stacked, config.scaling, len(lora_A) // 2)
+            halves = lora_A.to(adapter_dtype), lora_B.to(adapter_dtype)
+            lora_A, change_B, initial_A, initial_B = unstack(*halves, scaling, r)
             # A copy, which does not keep the memory of both halves.
             lora_A, lora_B, initial = lora_A.clone(), change_B + initial_B, (initial_A, initial_B)
         else:
-            lora_B = lora_B * (adapter.scaling / config.scaling)
+            rows = len(lora_A) if stacked else r
+            lora_A, lora_B = lora_A[:rows].clone(), lora_B[:, :rows] / scaling
         layer = attach_adapter(
             target.linear,
             lora_A.to(adapter_dtype),
             lora_B.to(adapter_dtype),
-            scaling=config.scaling,
+            scaling=scaling,
             train_a=shifted or (is_trainable and not config.freeze_a),
             lora_dropout=config.lora_dropout,
             initial=initial,
         )
         layer.lora_B.requires_grad_(is_trainable)
     share_projections(base_model)
-    set_state(base_model, AdapterState(config, base, state.energies if state else {}))
+    energies = state.energies if state else {}
+    set_state(base_model, AdapterState(config, base, energies, stacked=stacked and not shifted))
     return wrapper
 
 
-def _config_of(adapter: Adapter) -> LoraNullConfig:
-    """Return the configuration with which the training of another program's adapter goes on."""
-    alpha = adapter.scaling * adapter.r
-    return LoraNullConfig(r=adapter.r, lora_alpha=alpha, freeze_a=False, lora_dropout=adapter.lora_dropout)
+def _rank(name: str, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig, stacked: bool) -> int:
+    """Return the rank of one layer's factors, which padding may have made larger on disk, and stacking twice as large.
+
+    That is what the configuration says, where all rows beyond it are zero; else what the factors have.
+    """
+    r, parts = config.rank_of(name), 2 if stacked else 1
+    beyond = lora_A[parts * r :], lora_B[:, parts * r :]
+    fits = parts * r <= len(lora_A) and not any(bool(part.any()) for part in beyond)
+    return r if fits else -(-len(lora_A) // parts)
 
 
 def _matching(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> dict[str, Target]:

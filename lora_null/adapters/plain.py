@@ -10,8 +10,6 @@ from typing import Any
 _SPECIAL = (
     "use_dora",
     "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
     "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
@@ -36,8 +34,8 @@ def require_plain(path: Path, config: Mapping[str, Any]) -> None:
     special = [key for key in _SPECIAL if config.get(key)]
     if special or config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
         raise ValueError(
-            f"{path} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA with one "
-            "rank and without biases. Load it with PEFT."
+            f"{path} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA without "
+            "biases. Load it with PEFT."
         )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(SHIFTING):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoraNullConfig
 from ..models.weights import is_distributed
@@ -16,7 +18,7 @@ from ..models.wrappers import plain_name, unwrapped
 from ..system.distributed import in_first_process
 from ..system.log import logger
 from .files import Adapter
-from .layer import require_layers
+from .layer import LoraNullLinear, LowRankFactor, require_layers
 from .names import published_name, short_names
 from .state import AdapterState, get_state
 
@@ -73,6 +75,7 @@ def of_model(model: nn.Module, base_model_name_or_path: str | None = None) -> Ad
             others[0],
         )
     state = get_state(model) or AdapterState(LoraNullConfig(r=first.r, lora_alpha=first.scaling * first.r))
+    state = replace(state, config=_as_found(state, layers, factors), stacked=state.stacked or first.shifted)
     # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
     names = [plain_name(name) for name, _ in model.named_modules()]
     own_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -81,7 +84,40 @@ def of_model(model: nn.Module, base_model_name_or_path: str | None = None) -> Ad
         short_names(names, factors),
         base_model_name_or_path or published_name(own_name),
         _task_type(model),
-        replace(state, stacked=first.shifted),
+        state,
+    )
+
+
+def _as_found(
+    state: AdapterState, layers: Mapping[str, LoraNullLinear], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> LoraNullConfig:
+    """Return the configuration with what was changed on the layers by hand: ranks, scaling, dropout, a free A."""
+    config = state.config
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, layer in zip(factors, layers.values(), strict=True):
+        # Stacked factors that were loaded as they are have twice the rank of the run; sharded ones show theirs when
+        # they are gathered.
+        r = config.rank_of(name) if state.stacked else len(factors[name][0]) // (2 if layer.shifted else 1)
+        if r != config.rank_of(name):
+            ranks[re.escape(name)] = r
+        if ranks.get(re.escape(name)) or layer.scaling != config.scaling_of(name):
+            alphas[re.escape(name)] = layer.scaling * (r**0.5 if config.use_rslora else r)
+    dropouts = {layer.lora_dropout for layer in layers.values()}
+    if len(dropouts) > 1:
+        raise ValueError(
+            f"The adapters have different lora_dropout, {sorted(dropouts)}; expected one for all, which an adapter's "
+            "file can hold. Set layer.lora_dropout alike."
+        )
+    trained_A = any(
+        layer.lora_A.weight.requires_grad for layer in layers.values() if isinstance(layer.lora_A, LowRankFactor)
+    )
+    return replace(
+        config,
+        lora_dropout=dropouts.pop(),
+        freeze_a=config.freeze_a and not trained_A,
+        rank_pattern={**ranks, **(config.rank_pattern or {})},
+        alpha_pattern={**alphas, **(config.alpha_pattern or {})},
     )
 
 

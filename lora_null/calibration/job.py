@@ -44,7 +44,7 @@ class Job:
     @classmethod
     def of(cls, model: nn.Module, config: LoraNullConfig, options: Options) -> Job:
         """Find the target layers of ``model``; ValueError if there are none."""
-        linears = target_linears(model, config.target_modules)
+        linears = target_linears(model, config)
         reader = BatchReader(model, options.mask, needs_head=bool(output_head_names(model) & set(linears)))
         return cls(model, linears, options, reader, input_device(model))
 

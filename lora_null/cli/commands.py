@@ -9,7 +9,22 @@ from typing import Annotated, Any
 import typer
 
 from ..config import LoraNullConfig
-from .options import Device, Dtype, Method, Model, Overwrite, Progress, Rank, Seed, Targets, help_of, parse_targets
+from .options import (
+    Device,
+    Dtype,
+    Method,
+    Model,
+    Overwrite,
+    Progress,
+    Rank,
+    Seed,
+    Targets,
+    help_of,
+    parse_names,
+    parse_numbers,
+    parse_pattern,
+    parse_targets,
+)
 
 
 def calibrate(
@@ -67,10 +82,19 @@ def init(
     r: Rank = 128,
     lora_alpha: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "lora_alpha"))] = None,
     target_modules: Targets = "all-linear",
+    exclude_modules: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "exclude_modules"))] = None,
     freeze_a: Annotated[
         bool, typer.Option("--freeze-a/--no-freeze-a", help=help_of(LoraNullConfig, "freeze_a"))
     ] = True,
     lora_dropout: Annotated[float, typer.Option(help=help_of(LoraNullConfig, "lora_dropout"))] = 0.0,
+    layers_to_transform: Annotated[
+        str | None, typer.Option(help=help_of(LoraNullConfig, "layers_to_transform"))
+    ] = None,
+    layers_pattern: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "layers_pattern"))] = None,
+    rank_pattern: Annotated[list[str] | None, typer.Option(help=help_of(LoraNullConfig, "rank_pattern"))] = None,
+    alpha_pattern: Annotated[list[str] | None, typer.Option(help=help_of(LoraNullConfig, "alpha_pattern"))] = None,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help=help_of(LoraNullConfig, "use_rslora"))] = False,
+    modules_to_save: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "modules_to_save"))] = None,
     method: Annotated[Method, typer.Option(help="How the null spaces are computed.")] = Method.auto,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -94,6 +118,13 @@ def init(
         freeze_a=freeze_a,
         lora_dropout=lora_dropout,
         seed=seed,
+        exclude_modules=None if exclude_modules is None else parse_targets(exclude_modules, "exclude_modules"),
+        layers_to_transform=parse_numbers(layers_to_transform, "layers_to_transform"),
+        layers_pattern=parse_names(layers_pattern),
+        rank_pattern=parse_pattern(rank_pattern, int, "rank_pattern"),
+        alpha_pattern=parse_pattern(alpha_pattern, float, "alpha_pattern"),
+        use_rslora=use_rslora,
+        modules_to_save=parse_names(modules_to_save),
     )
     loaded_covariances = Covariances.load(covariances)
     loaded, _ = load_model(model, dtype=dtype, device=device)

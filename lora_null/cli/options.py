@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from enum import Enum
 from inspect import Parameter, Signature
@@ -62,16 +62,42 @@ Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show p
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def parse_targets(target_modules: str) -> str | tuple[str, ...]:
+def parse_targets(target_modules: str, what: str = "target_modules") -> str | tuple[str, ...]:
     """Read ``q_proj,v_proj`` as two suffixes; a single word without a dot or bracket is one suffix too."""
-    names = tuple(name.strip() for name in target_modules.split(",") if name.strip())
     if target_modules == "all-linear" or any(sign in target_modules for sign in r"\*+?()[]|^$"):
         try:
             re.compile(target_modules)
         except re.error as error:
             raise ValueError(
-                f"target_modules is {target_modules!r}, which is no regular expression ({error}); expected all-linear, "
+                f"{what} is {target_modules!r}, which is no regular expression ({error}); expected all-linear, "
                 "a regular expression over whole names, or suffixes with commas."
             ) from None
         return target_modules
-    return names
+    return parse_names(target_modules) or ()
+
+
+def parse_names(text: str | None) -> tuple[str, ...] | None:
+    """Read words with commas between them."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_numbers(text: str | None, what: str) -> tuple[int, ...] | None:
+    """Read whole numbers with commas between them."""
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{what} is {text!r}; expected whole numbers with commas, such as 0,1,2.") from None
+
+
+def parse_pattern(pairs: Sequence[str] | None, kind: type, what: str) -> dict[str, Any] | None:
+    """Read ``["q_proj=4", ...]``; the last ``=`` of each divides it."""
+    pattern = {}
+    for pair in pairs or ():
+        key, sign, number = pair.rpartition("=")
+        try:
+            pattern[key] = kind(number)
+        except ValueError:
+            sign = ""
+        if not sign or not key:
+            raise ValueError(f"{what} is {pair!r}; expected NAME=NUMBER, such as q_proj=16.")
+    return pattern or None

@@ -128,7 +128,7 @@ def adapter_report(
     # Kept for each sharing group, whose layers are apart in the file: vectors are small, eigenproblems are not.
     eigenvalues: dict[str, Tensor] = {}
     for name, (lora_A, lora_B) in tqdm(factors.items(), "updates", unit="layer", disable=not progress):
-        factor_A, factor_B = lora_A.double(), adapter.scaling * lora_B.double()
+        factor_A, factor_B = lora_A.double(), adapter.scaling_of(name) * lora_B.double()
         if covariances is None:
             rows.append(_measure(name, factor_A, factor_B))
             continue
@@ -140,7 +140,7 @@ def adapter_report(
     summary = {
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
+        "lora_alpha": adapter.recipe and adapter.recipe.lora_alpha,
         "target_modules": adapter.target_modules,
         "layers": len(factors),
         "parameters": sum(a.numel() + b.numel() for a, b in factors.values()),

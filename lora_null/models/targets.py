@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..config import ALL_LINEAR
-from ..system.log import warn_once
+from ..config import ALL_LINEAR, LoraNullConfig
+from ..system.log import logger, warn_once
 from .refusals import Target
 
 _CLASSIFIERS = ("score", "classifier")
@@ -34,12 +34,13 @@ class Survey:
     heads: set[str]
     stacks: dict[str, int]
 
-    def select(self, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, Target]:
+    def select(self, config: LoraNullConfig | None = None) -> dict[str, Target]:
         """Select linear layers as PEFT does, by name.
 
         Args:
-            target_modules: ``"all-linear"``, a regular expression that must match the whole name, or names: a
-                module is selected when its name equals one or ends in ``.`` and one of them.
+            config: Its ``target_modules`` select: ``"all-linear"``, a regular expression that must match the whole
+                name, or names: a module is selected when its name equals one or ends in ``.`` and one of them. Of
+                these, ``exclude_modules``, ``layers_to_transform`` and ``modules_to_save`` leave out.
 
         Returns:
             Name to layer, in the model's own order. What was wished for but is no linear layer of its own, such as
@@ -47,8 +48,37 @@ class Survey:
             adapter; ``"all-linear"`` leaves those out.
 
         Raises:
-            ValueError: The model has no linear layer, or a wish matches none.
+            ValueError: The model has no linear layer, a wish matches none, or none is left.
         """
+        config = config or LoraNullConfig()
+        targets = self._wished(config.target_modules)
+        wishes = config.target_modules
+        if config.layers_to_transform and wishes == ALL_LINEAR:
+            wishes = sorted({name.rsplit(".", 1)[-1] for name in targets})
+        kept = targets
+        for option in (
+            {"exclude_modules": _listed(config.exclude_modules)},
+            {"modules_to_save": _listed(config.modules_to_save)},
+            {
+                "layers_to_transform": _listed(config.layers_to_transform),
+                "layers_pattern": _listed(config.layers_pattern),
+            },
+        ):
+            if not any(option.values()):
+                continue
+            left = _allowed(kept, wishes, option)
+            if len(left) == len(kept) and "exclude_modules" in option:
+                logger.warning("exclude_modules names %s, which excludes no layer.", config.exclude_modules)
+            if not left:
+                raise ValueError(
+                    f"{option} leaves none of the {len(kept)} layers that target_modules selects, for instance "
+                    f"{next(iter(kept))}; expected some to remain. Do the names or numbers fit the model?"
+                )
+            kept = left
+        return kept
+
+    def _wished(self, target_modules: str | Sequence[str]) -> dict[str, Target]:
+        """Return the layers that ``target_modules`` selects."""
         model, linears, heads, stacks = self.model, self.linears, self.heads, self.stacks
         if not set(linears) - heads:
             raise ValueError(
@@ -118,14 +148,29 @@ def survey(model: nn.Module) -> Survey:
     return Survey(model, targets, heads, stacks)
 
 
-def target_linears(model: nn.Module, target_modules: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Linear]:
+def target_linears(model: nn.Module, config: LoraNullConfig | None = None) -> dict[str, nn.Linear]:
     """Return the layers of :meth:`Survey.select` as modules."""
-    return {name: target.linear for name, target in survey(model).select(target_modules).items()}
+    return {name: target.linear for name, target in survey(model).select(config).items()}
 
 
 def output_head_names(model: nn.Module) -> set[str]:
     """Return the module names of the output head, which stays without an adapter: ``lm_head`` in LLaMA."""
     return survey(model).heads
+
+
+def _listed(value: Any) -> Any:
+    # PEFT knows lists and sets where we keep tuples.
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _allowed(targets: Mapping[str, Target], wishes: Any, option: Mapping[str, Any]) -> dict[str, Target]:
+    """Return the layers that PEFT would still select with ``option`` in its configuration."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    # Chosen already where the wish is a text: any will do, and PEFT takes no numbers beside one.
+    config = LoraConfig(target_modules=".*" if isinstance(wishes, str) else list(wishes), **option)
+    return {name: target for name, target in targets.items() if check_target_module_exists(config, name)}
 
 
 def _head_modules(model: nn.Module) -> set[int]:

@@ -176,7 +176,6 @@ class TestForeignFiles:
             {"peft_type": "IA3"},
             {"use_dora": True},
             {"bias": "all"},
-            {"rank_pattern": {"q_proj": 2}},
             {"r": 0},
             {"alora_invocation_tokens": [1, 2]},
             {"init_lora_weights": "pissa_niter_4"},

@@ -113,6 +113,20 @@ class TestCommands:
         trainable = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
         assert trainable == ({"lora_B"} if mode == "--freeze-a" else {"lora_A", "lora_B"})
 
+    def test_init_takes_the_options_of_peft(self, calibrated_folder, run):
+        folder = calibrated_folder
+        flags = ("--rank-pattern", "q_proj=2", "--rank-pattern", r"1\..*v_proj=3", "--alpha-pattern", "v_proj=1.5")
+        flags += ("--exclude-modules", "k_proj,o_proj", "--layers-to-transform", "0,1", "--layers-pattern", "layers")
+        init = ("init", folder / "model", folder / "cov", folder / "adapter", "--r", 4, "--use-rslora")
+        code, _, err = run(*init, *flags)
+        assert code == 0, err
+        config = json.loads((folder / "adapter" / "lora_null.json").read_text())["config"]
+        assert config["rank_pattern"] == {"q_proj": 2, r"1\..*v_proj": 3} and config["alpha_pattern"] == {"v_proj": 1.5}
+        assert config["exclude_modules"] == ["k_proj", "o_proj"] and config["layers_to_transform"] == [0, 1]
+        assert config["layers_pattern"] == ["layers"] and config["use_rslora"] is True
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert not any("k_proj" in name or "o_proj" in name for name in tensors)
+
     def test_export_and_merge_agree_with_the_trained_model(self, calibrated_folder, run):
         folder = calibrated_folder
         run("init", folder / "model", folder / "cov", folder / "adapter", "--r", 4)

@@ -48,10 +48,10 @@ def test_fused_experts_are_named_once(kind, warnings, token_batches):
 
 def test_only_what_was_asked_for_is_missed(warnings):
     model = moe("qwen2_moe")
-    target_linears(model, ["q_proj", "v_proj"])
+    target_linears(model, LoraNullConfig(target_modules=["q_proj", "v_proj"]))
     assert not warnings()
     # The shared expert has such a layer, so that the wish is not empty; the others do not.
-    chosen = target_linears(model, ["q_proj", "down_proj"])
+    chosen = target_linears(model, LoraNullConfig(target_modules=["q_proj", "down_proj"]))
     assert [name for name in chosen if name.endswith("down_proj")] == [
         f"model.layers.{i}.mlp.shared_expert.down_proj" for i in range(2)
     ]
@@ -61,7 +61,7 @@ def test_only_what_was_asked_for_is_missed(warnings):
 
 def test_a_wish_for_nothing_but_experts_is_refused():
     with pytest.raises(ValueError, match=r"\['gate_up_proj'\].*layers\.\*\.mlp\.experts\.gate_up_proj: .*no adapter"):
-        target_linears(moe("mixtral"), ["q_proj", "gate_up_proj"])
+        target_linears(moe("mixtral"), LoraNullConfig(target_modules=["q_proj", "gate_up_proj"]))
 
 
 def test_convolutions_and_single_matrices_are_no_experts(warnings):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from lora_null import LoraNullConfig
@@ -6,11 +8,35 @@ from lora_null import LoraNullConfig
 def test_scaling_defaults_to_one_and_follows_alpha():
     assert LoraNullConfig(r=24).scaling == 1.0
     assert LoraNullConfig(r=24, lora_alpha=48).scaling == 2.0
+    assert LoraNullConfig(r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
+
+
+def test_patterns_give_layers_their_rank_and_scaling():
+    config = LoraNullConfig(r=24, rank_pattern={"q_proj": 4, r"layers\.1\..*": 6}, alpha_pattern={"v_proj": 12})
+    ranks = [config.rank_of(name) for name in ("layers.1.q_proj", "layers.1.v_proj", "layers.2.v_proj", "q_proj2")]
+    assert ranks == [4, 6, 24, 24]
+    # Without a pattern lora_alpha is the layer's own rank: the scaling of 1 holds for all.
+    assert [config.scaling_of(name) for name in ("layers.1.q_proj", "layers.1.v_proj", "v_proj")] == [1.0, 2.0, 0.5]
+    hash(config)
 
 
 def test_survives_its_own_dictionary_and_newer_keys():
-    config = LoraNullConfig(r=4, lora_alpha=2.0, target_modules=["q_proj", "k_proj"], freeze_a=False, lora_dropout=0.1)
-    assert LoraNullConfig.from_dict({**config.to_dict(), "of_a_later_version": 1}) == config
+    config = LoraNullConfig(
+        r=4,
+        lora_alpha=2.0,
+        target_modules=["q_proj", "k_proj"],
+        freeze_a=False,
+        lora_dropout=0.1,
+        exclude_modules={"k_proj", "a"},
+        layers_to_transform=1,
+        layers_pattern="layers",
+        rank_pattern={"q_proj": 3},
+        alpha_pattern={"q_proj": 0.5},
+        use_rslora=True,
+        modules_to_save=["score"],
+    )
+    assert config.layers_to_transform == (1,) and config.exclude_modules == ("a", "k_proj")
+    assert LoraNullConfig.from_dict({**json.loads(json.dumps(config.to_dict())), "of_a_later_version": 1}) == config
 
 
 @pytest.mark.parametrize(
@@ -23,6 +49,11 @@ def test_survives_its_own_dictionary_and_newer_keys():
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"target_modules": ()}, "target_modules is empty"),
+        ({"layers_to_transform": [0], "target_modules": ".*proj"}, "layers_to_transform is .* beside the regular"),
+        ({"layers_pattern": "layers"}, "layers_pattern is .* without layers_to_transform"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is .*, but 'q_proj' has 0"),
+        ({"rank_pattern": {"(": 1}}, r"rank_pattern is .*: '\(' is no regular expression"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern is .*, but 'q_proj' has inf"),
     ],
 )
 def test_impossible_values_are_refused_by_name(arguments, named):
@@ -39,6 +70,16 @@ def test_impossible_values_are_refused_by_name(arguments, named):
         {"freeze_a": "yes"},
         {"seed": "a"},
         {"target_modules": None},
+        {"use_rslora": 1},
+        {"exclude_modules": 3},
+        {"layers_to_transform": "0"},
+        {"layers_to_transform": [True]},
+        {"layers_pattern": [0], "layers_to_transform": [0]},
+        {"modules_to_save": "score"},
+        {"modules_to_save": [""]},
+        {"rank_pattern": [4]},
+        {"rank_pattern": {0: 4}},
+        {"alpha_pattern": {"q_proj": "4"}},
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
