@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +19,8 @@ def _is_rank(value) -> bool:
 
 
 def _is_alpha(value) -> bool:
-    return _is_number(value) and 0 < value < math.inf
+    # Python's integers know no end, and a larger number would overflow in fp32
+    return _is_number(value) and 0 < value < 1e30
 
 
 def helped(text: str, default: Any, **options: Any) -> Any:
@@ -97,6 +97,8 @@ class LoraNullConfig:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not self.target_modules:
             raise ValueError('target_modules is empty; expected "all-linear", a regular expression or names.')
+        if not isinstance(self.target_modules, str) and not all(isinstance(name, str) for name in self.target_modules):
+            raise ValueError(f"target_modules is {self.target_modules!r}; expected names, or one string.")
         self._check_choices()
         self._check_pattern("rank_pattern", _is_rank, "ranks, positive integers")
         self._check_pattern("alpha_pattern", _is_alpha, "positive numbers")

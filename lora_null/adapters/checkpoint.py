@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..models.refusals import DIVERGED, require_finite
 from ..system.files import read_json
 from ..system.log import logger
+from ..system.tensors import opened, read_floating
 from .delta import stack
 from .files import Adapter
 from .names import short_names
@@ -43,8 +45,7 @@ def of_checkpoint(folder: Path, lora_alpha: float | None = None) -> Adapter:
     state = _stated(folder, config, lora_alpha)
     factors = {}
     for module, parts in tensors.items():
-        if not {"lora_A", "lora_B"} <= set(parts) or ("initial_A" in parts) != ("initial_B" in parts):
-            raise ValueError(f"{folder}: the adapter of {module} is incomplete, it has only {sorted(parts)}.")
+        _require_pairs(f"{folder}: the adapter of {module}", parts)
         lora_A, lora_B = parts["lora_A"], parts["lora_B"]
         if lora_alpha is not None:
             scaling = lora_alpha / lora_A.shape[0]
@@ -54,9 +55,25 @@ def of_checkpoint(folder: Path, lora_alpha: float | None = None) -> Adapter:
         factors[module] = stack(lora_A, lora_B, scaling, initial)
     if state is not None:
         state = replace(state, stacked=state.stacked or any("initial_A" in parts for parts in tensors.values()))
-    classes = config.get("architectures") or [""]
-    task_type = "CAUSAL_LM" if classes[0].endswith(("ForCausalLM", "LMHeadModel")) else None
-    return Adapter(factors, short_names(weights, factors), config.get("_name_or_path"), task_type, state)
+    classes, base_model = config.get("architectures"), config.get("_name_or_path")
+    first = str(classes[0]) if isinstance(classes, list) and classes else ""
+    task_type = "CAUSAL_LM" if first.endswith(("ForCausalLM", "LMHeadModel")) else None
+    named = base_model if isinstance(base_model, str) else None
+    return Adapter(factors, short_names(weights, factors), named, task_type, state)
+
+
+def _require_pairs(what: str, parts: Mapping[str, Tensor]) -> None:
+    """Refuse factors that are incomplete, of different ranks or not finite."""
+    if not {"lora_A", "lora_B"} <= set(parts) or ("initial_A" in parts) != ("initial_B" in parts):
+        raise ValueError(f"{what} is incomplete, it has only {sorted(parts)}; save the checkpoint again.")
+    shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    A, B = shapes["lora_A"], shapes["lora_B"]
+    fits = len(A) == len(B) == 2 and A[0] == B[1] > 0
+    if not fits or shapes.get("initial_A", A) != A or shapes.get("initial_B", B) != B:
+        raise ValueError(f"{what} has {shapes}; expected (r, d) and (m, r) of one rank r. Save the checkpoint again.")
+    for start in ("lora", "initial"):
+        if f"{start}_A" in parts:
+            require_finite(what, parts[f"{start}_A"], parts[f"{start}_B"], f" in the checkpoint. {DIVERGED}")
 
 
 def _read_parts(folder: Path) -> tuple[set[str], dict[str, dict[str, Tensor]]]:
@@ -64,19 +81,14 @@ def _read_parts(folder: Path) -> tuple[set[str], dict[str, dict[str, Tensor]]]:
     weights: set[str] = set()
     tensors: dict[str, dict[str, Tensor]] = {}
     for file in _shards(folder):
-        try:
-            with safe_open(str(file), framework="pt") as content:
-                for key in content.keys():
-                    if not key.endswith(".weight"):
-                        continue
-                    weights.add(key.removesuffix(".weight"))
-                    module, _, part = key.removesuffix(".weight").rpartition(".")
-                    if part in _PARTS:
-                        tensors.setdefault(module, {})[part] = content.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file} is not a readable safetensors file ({error}); save the checkpoint again."
-            ) from None
+        with opened(file, "weights of the checkpoint") as content:
+            for key in content.keys():
+                if not key.endswith(".weight"):
+                    continue
+                weights.add(key.removesuffix(".weight"))
+                module, _, part = key.removesuffix(".weight").rpartition(".")
+                if part in _PARTS:
+                    tensors.setdefault(module, {})[part] = read_floating(content, file, key)
     if not tensors:
         raise ValueError(
             f"{folder} holds no lora_A and lora_B: it is a plain or merged model. Expected a checkpoint of a model "
@@ -101,8 +113,13 @@ def _stated(folder: Path, config: dict, lora_alpha: float | None) -> AdapterStat
 def _shards(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         return [folder / WHOLE]
-    try:
-        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / INDEX} is damaged ({error}); save the checkpoint again.") from None
-    return [folder / name for name in sorted(names)]
+    shards = read_json(folder / INDEX).get("weight_map")
+    names: list[Any] = list(shards.values()) if isinstance(shards, dict) else [None]
+    # a name with a folder in it could lead out of this one
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name or name in ("", "..")]
+    if strange:
+        raise ValueError(
+            f"{folder / INDEX} names {strange[0]!r:.80} as a file of weights; expected names of files beside it. It is "
+            "damaged; save the checkpoint again."
+        )
+    return [folder / name for name in sorted(set(names))]

@@ -10,24 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import LoraNullConfig
 from ..models.refusals import DIVERGED, require_finite
 from ..system.files import read_json, replaced_folder, write_json
+from ..system.tensors import opened, read_floating
 from .delta import pad
-from .names import PREFIX, SUFFIX_A, tensor_names
+from .names import PEFT_CONFIG, PREFIX, SUFFIX_A, WEIGHTS, tensor_names
 from .plain import require_plain
-from .state import OWN_CONFIG, AdapterState, read_state
+from .state import OWN_CONFIG, AdapterState, fits, read_state, require_sealed
 
-WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 # Written by PEFT beside an adapter, and by people: kept when the adapter is replaced.
 README = "README.md"
 # What an adapter folder may hold and be replaced; anything else in it is the user's.
 _KNOWN = {WEIGHTS, PEFT_CONFIG, OWN_CONFIG, README}
+# Entries of PEFT's configuration that this package reads, and their types; LoraNullConfig knows those of the numbers.
+_KINDS: dict[str, Any] = {
+    "use_rslora": bool | None,
+    "target_modules": str | list | None,
+    "base_model_name_or_path": str | None,
+    "task_type": str | None,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Adapter:
             )
         config = read_json(folder / PEFT_CONFIG)
         state = read_state(folder)
+        _require_types(folder / PEFT_CONFIG, config)
         require_plain(folder / PEFT_CONFIG, config)
         recipe = _recipe(folder / PEFT_CONFIG, config)
         factors = _read_factors(folder / WEIGHTS)
@@ -84,7 +90,7 @@ class Adapter:
                     f"{folder / PEFT_CONFIG} says r={recipe.rank_of(name)}, but the factors of {name} have rank "
                     f"{len(lora_A)}. The files do not belong together; save or download the adapter again."
                 )
-        return cls(
+        adapter = cls(
             factors,
             config.get("target_modules"),
             config.get("base_model_name_or_path"),
@@ -92,6 +98,13 @@ class Adapter:
             state,
             recipe,
         )
+        for name, (lora_A, lora_B) in factors.items():
+            scaling = adapter.scaling_of(name)
+            advice = f", scaled by {scaling:g}, in fp32; expected finite numbers. {DIVERGED}"
+            scaled_B = scaling * lora_B.float()
+            require_finite(f"{folder / WEIGHTS}: the adapter of {name}", lora_A.float(), scaled_B, advice)
+        require_sealed(folder)
+        return adapter
 
     def write(self, folder: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> int:
         """Write the folder whole or not at all, with one rank and ``lora_alpha == r``; return the rank.
@@ -136,9 +149,9 @@ class Adapter:
             if (folder / README).exists():
                 shutil.copy2(folder / README, work / README)
             save_file(tensors, str(work / WEIGHTS), metadata={"format": "pt"})
-            if self.state is not None:
-                self.state.write(work)
             write_json(work / PEFT_CONFIG, config)
+            if self.state is not None:
+                self.state.write(work, sealed=True)
         return self.r
 
 
@@ -174,24 +187,17 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read ``{module name: (lora_A, lora_B)}`` from an adapter's safetensors file; nothing is ever unpickled."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; expected the adapter's weights beside its config.") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}). It is damaged, or of another kind; pickled "
-            "checkpoints (.bin, .pt) are never loaded. Save or download the adapter again."
-        ) from None
+    """Read ``{module name: (lora_A, lora_B)}`` from an adapter's safetensors file."""
+    with opened(path, "the adapter's weights beside its config") as file:
+        keys = set(file.keys())
+        tensors = {key: read_floating(file, path, key) for key in sorted(keys) if key.startswith(PREFIX)}
     names = [key[len(PREFIX) : -len(SUFFIX_A)] for key in tensors if key.endswith(SUFFIX_A)]
     expected = {name: tensor_names(name) for name in names}
     known = {key for pair in expected.values() for key in pair}
-    strange = sorted(set(tensors) ^ known)
+    strange = sorted(keys ^ known)
     if strange or not names:
         raise ValueError(
-            f"{path} holds {len(tensors)} tensors, among them or missing {strange[:3]}; expected pairs named "
+            f"{path} holds {len(keys)} tensors, among them or missing {strange[:3]}; expected pairs named "
             f"{' and '.join(tensor_names('<module>'))}. It is not a plain LoRA adapter."
         )
     factors = {name: (tensors[key_A], tensors[key_B]) for name, (key_A, key_B) in expected.items()}
@@ -201,5 +207,17 @@ def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 f"{path}: the factors of {name} are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}; expected (r, d) "
                 "and (m, r) of one rank r."
             )
-        require_finite(f"{path}: the adapter of {name}", lora_A, lora_B, ". The training run that wrote it diverged.")
     return factors
+
+
+def _require_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration, read from ``path``, whose entries have other types than PEFT writes."""
+    wrong = [key for key, kind in _KINDS.items() if key in config and not fits(config[key], kind)]
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and not all(isinstance(name, str) for name in targets):
+        wrong.append("target_modules")
+    if wrong:
+        raise ValueError(
+            f"{path} has {', '.join(f'{key}={config[key]!r:.60}' for key in wrong)}; expected what PEFT writes there. "
+            "It is damaged; save or download the adapter again."
+        )

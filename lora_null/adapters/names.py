@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-# What PEFT puts before and behind a module's name.
+# What PEFT calls the two files of an adapter, and puts before and behind a module's name.
+WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, SUFFIX_A = "base_model.model.", ".lora_A.weight"
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from ..config import LoraNullConfig
 from ..models.wrappers import STATE
-from ..system.files import read_json, write_json
+from ..system.files import digest_of_file, digest_of_json, read_json, write_json
+from ..system.tensors import opened
 from ..system.version import __version__
+from .names import PEFT_CONFIG, WEIGHTS
 
 OWN_CONFIG = "lora_null.json"
 # Under this name a model's own configuration, and so config.json in a trainer's checkpoint, says the same.
 CONFIG_KEY = "lora_null"
 # Where a layer of PEFT keeps (A0, B0) of a shifted base, by adapter name.
 INITIAL = "_lora_null_initial"
-_FORMAT = 1
+# 2: with checksums.
+_FORMAT = 2
+# Of adapter_config.json, what people and programs write anew; it changes no number.
+_FREE = {"base_model_name_or_path", "revision", "inference_mode"}
 _KINDS: dict[str, Any] = {
     "format": int,
     "version": str,
@@ -26,6 +33,8 @@ _KINDS: dict[str, Any] = {
     "base_fingerprint": str | None,
     "energies": dict,
     "stacked": bool,
+    "files": dict,
+    "checksum": str,
 }
 
 
@@ -48,16 +57,18 @@ class AdapterState:
     stacked: bool = False
     version: str = __version__
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the contents of ``lora_null.json``."""
-        return {
+    def to_dict(self, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return the contents of ``lora_null.json``, with the checksums of the ``files`` beside it."""
+        values = {
             "format": _FORMAT,
             "version": self.version,
             "config": self.config.to_dict(),
             "base_fingerprint": self.base_fingerprint,
             "energies": dict(self.energies),
             "stacked": self.stacked,
+            "files": dict(files or {}),
         }
+        return {**values, "checksum": digest_of_json(values)}
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> AdapterState:
@@ -68,26 +79,30 @@ class AdapterState:
         """
         if not isinstance(values, dict):
             raise _damaged(source, f"a {type(values).__name__}")
-        number = values.get("format", _FORMAT)
+        number = values.get("format", 1)
         if isinstance(number, int) and number > _FORMAT:
             raise ValueError(
                 f"{source} has format {number}, of lora_null {values.get('version')}; lora_null {__version__} knows "
                 f"{_FORMAT} and would misread it. Install a newer lora_null."
             )
-        wrong = [f"{key}={values[key]!r}" for key in _KINDS if key in values and not _fits(values[key], _KINDS[key])]
+        wrong = [f"{key}={values[key]!r}" for key in _KINDS if key in values and not fits(values[key], _KINDS[key])]
         if wrong or "config" not in values or number < 1:
             raise _damaged(source, ", ".join(wrong) or f"format={number}, entries {sorted(values)}")
         try:
             config = LoraNullConfig.from_dict(values["config"])
             energies = {key: float(energy) for key, energy in values.get("energies", {}).items()}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise _damaged(source, error) from None
+        found = values.get("checksum")
+        if (number > 1 or found) and found != digest_of_json({k: v for k, v in values.items() if k != "checksum"}):
+            raise _damaged(source, "its checksum is another one")
         version = values.get("version", "of unknown version")
         return cls(config, values.get("base_fingerprint"), energies, values.get("stacked", False), version)
 
-    def write(self, folder: Path) -> None:
-        """Write ``lora_null.json`` into an adapter folder."""
-        write_json(folder / OWN_CONFIG, self.to_dict())
+    def write(self, folder: Path, *, sealed: bool = False) -> None:
+        """Write ``lora_null.json`` into an adapter folder; ``sealed``: with checksums of the files that lie there."""
+        files = {name: digest(folder / name) for name, digest in _DIGESTS.items()} if sealed else {}
+        write_json(folder / OWN_CONFIG, self.to_dict(files))
 
 
 def read_state(folder: Path) -> AdapterState | None:
@@ -97,8 +112,33 @@ def read_state(folder: Path) -> AdapterState | None:
         ValueError: The file is damaged, or of a newer format than this version knows.
     """
     path = folder / OWN_CONFIG
-    values = read_json(path) if path.exists() else {}
+    values = read_json(path) if os.path.lexists(path) else {}
     return AdapterState.from_dict(values, str(path)) if values else None
+
+
+def require_sealed(folder: Path) -> None:
+    """Refuse a folder of ours whose weights or configuration are others than ``lora_null.json`` was written with."""
+    path = folder / OWN_CONFIG
+    values = read_json(path) if path.exists() else {}
+    for name, digest in values.get("files", {}).items():
+        if name not in _DIGESTS or _DIGESTS[name](folder / name) != digest:
+            raise ValueError(
+                f"{folder / name} is damaged, or was changed after {path} was written: the checksum is another one. "
+                f"Save or download the adapter again; if another program has changed it on purpose, delete {path} to "
+                "have the adapter read as one of that program."
+            )
+
+
+def _digest_of_weights(path: Path) -> str:
+    with opened(path, "the adapter's weights"):
+        return digest_of_file(path)
+
+
+def _digest_of_config(path: Path) -> str:
+    return digest_of_json({key: value for key, value in read_json(path).items() if key not in _FREE})
+
+
+_DIGESTS: dict[str, Callable[[Path], str]] = {WEIGHTS: _digest_of_weights, PEFT_CONFIG: _digest_of_config}
 
 
 def get_state(model: nn.Module) -> AdapterState | None:
@@ -123,8 +163,9 @@ def set_state(model: nn.Module, state: AdapterState | None) -> None:
             delattr(holder, name)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+def fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value that was read is of a type; True and False are no numbers."""
+    return type(value) in (get_args(kind) or (kind,))
 
 
 def _damaged(source: str, problem: object) -> ValueError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..covariances.header import counts_by_key, is_count, names_by_key, strings_by_key
 from ..covariances.packed import PackedFile, PackedMatrices, write_packed
-from ..system.files import beside, parse_json
+from ..system.files import beside, parse_json, require_writable
 
 _KIND = "lora_null.calibration"
 FORMAT_VERSION = 1
@@ -43,6 +43,7 @@ def check_checkpoint(path: Path) -> None:
 
     Raises:
         IsADirectoryError: It is a folder.
+        OSError: Nothing can be written there.
         ValueError: It is a file of another kind, or damaged.
     """
     if path.is_dir():
@@ -50,6 +51,7 @@ def check_checkpoint(path: Path) -> None:
             f"checkpoint is {path}, which is a folder; expected the name of a file for the sums in progress. Name one "
             f"in it, for instance {path / 'calibration.safetensors'}."
         )
+    require_writable(path)
     if path.exists():
         PackedFile(path, _KIND)
 

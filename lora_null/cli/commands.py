@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..config import LoraNullConfig
+from ..system.files import require_writable
 from .options import (
     Device,
     Dtype,
@@ -109,7 +109,7 @@ def init(
     from ..covariances.covariances import Covariances
     from ..models.loading import load_model
 
-    refuse_below_file(output)
+    require_writable(output)
     check_target(output, overwrite)
     config = LoraNullConfig(
         r=r,
@@ -153,7 +153,7 @@ def export(
     from ..adapters.files import check_target
     from ..models.loading import parse_dtype
 
-    refuse_below_file(output)
+    require_writable(output)
     check_target(output, overwrite)
     r = export_adapter(
         checkpoint,
@@ -180,7 +180,7 @@ def merge(
     from ..adapters.merge import merge as fold
     from ..models.loading import load_model, load_tokenizer
 
-    refuse_below_file(output)
+    require_writable(output)
     check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model))
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
@@ -192,23 +192,14 @@ def _check_outputs(output: Path, checkpoint: Path | None, data: Path, overwrite:
     from ..calibration.checkpoint import check_checkpoint
     from ..covariances.covariances import check_target
 
+    require_writable(output)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
     if output.resolve() == data.resolve():
         raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
-    refuse_below_file(output)
     check_target(output, overwrite)
     if checkpoint is not None:
-        refuse_below_file(checkpoint)
+        require_writable(checkpoint)
         if checkpoint.resolve() == output.resolve():
             raise ValueError(f"checkpoint and output are both {output}; expected a file for each. Name another one.")
         check_checkpoint(checkpoint)
-
-
-def refuse_below_file(output: Path) -> None:
-    """Refuse an output whose folder cannot be made, because a file has its name, or cannot be written to."""
-    nearest = next((parent for parent in output.parents if parent.exists()), None)
-    if nearest is not None and not nearest.is_dir():
-        raise NotADirectoryError(f"{output} cannot be written: {nearest} is a file. Choose another path.")
-    if nearest is not None and not os.access(nearest, os.W_OK):
-        raise PermissionError(f"{output} cannot be written: this user may not write to {nearest}. Choose another path.")

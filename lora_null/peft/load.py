@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..adapters.state import AdapterState, read_state
+from ..adapters.state import AdapterState, read_state, require_sealed
 from .layers import freeze_lora_A, remember
 
 
@@ -21,6 +21,7 @@ def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name:
         ValueError: ``lora_null.json`` is damaged, or of a newer format than this version knows.
     """
     state = read_state(Path(path))
+    require_sealed(Path(path))
     peft_model = PeftModel.from_pretrained(base_model, str(path), adapter_name=adapter_name, is_trainable=True)
     if state is not None:
         if state.config.freeze_a:

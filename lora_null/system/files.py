@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -11,7 +13,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from .log import logger
 _LARGEST_JSON = 256 * 2**20
 # In bytes; of the 255 that file systems allow, the rest is for what is added to a name.
 _LONGEST_NAME = 200
+_DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @contextmanager
@@ -31,24 +34,67 @@ def replacing(path: Path) -> Iterator[Path]:
     Whatever interrupts the block, a power failure too, ``path`` is either the whole old file or the whole new one.
     Threads and processes that write one path have a temporary each, and the last to finish wins. What killed
     processes have left of theirs is removed. A link is followed.
+
+    Raises:
+        OSError: The disk is full, or the like; what it says and that the old file is whole.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = beside(path, "").name
-    for leftover in path.parent.iterdir():
-        if re.fullmatch(re.escape(prefix) + r"[0-9a-f]{16}\.tmp", leftover.name):
-            _remove_unclaimed(leftover)
-    temporary, claim = _claimed(path, prefix)
-    try:
+    with _temporary(path, _new_file) as temporary:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-        # some file systems cannot sync a folder, and Windows cannot open one; the file is in place either way
-        with suppress(OSError):
-            _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(claim)
+        _sync_names(path.parent)
+
+
+@contextmanager
+def replaced_folder(path: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that takes its place when the block succeeds.
+
+    As :func:`replacing` for a folder: the old one and the new one change places in one step, so that there is no moment
+    without one, where the system can exchange names (Linux); elsewhere the old one is moved away first, and put back by
+    the next call where a process is killed in between.
+
+    Args:
+        path: The folder to make or to replace.
+        check: Called before and after the block; raises if ``path`` must not be replaced.
+    """
+    path = Path(os.path.realpath(path))
+    with _temporary(path, _new_folder) as temporary:
+        check()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync_names(Path(folder))
+        # Again: the block may have taken minutes.
+        check()
+        _take_place(temporary, path, check)
+        _sync_names(path.parent)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse, before hours of work, an output that could not be written after them; nothing is left behind.
+
+    Raises:
+        OSError: A file lies where a folder is needed, a name is too long, or nothing can be written there.
+    """
+    nearest = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {nearest} is a file. Choose another path.")
+    longest = os.pathconf(nearest, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for part in path.parts:
+        if len(os.fsencode(part)) > longest:
+            raise OSError(
+                f"{path} cannot be written: {part[:20]}... has {len(os.fsencode(part))} bytes; expected names of at "
+                f"most {longest}. Choose another path."
+            )
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written: this user may not write to {nearest}, or its disk is full "
+            f"({error.strerror}). Choose another path."
+        ) from None
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -59,32 +105,85 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name(f".{name}.{ending}")
 
 
-def _claimed(path: Path, prefix: str) -> tuple[Path, int]:
-    """Make a temporary file, locked for as long as the returned descriptor is open: its writer is alive."""
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
+    """Yield what ``make`` makes beside ``path``, under a name of its own, and remove what is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = beside(path, "").name
+    for leftover in path.parent.iterdir():
+        if kind := re.fullmatch(re.escape(prefix) + r"[0-9a-f]{16}\.(tmp|old)", leftover.name):
+            _tidy(leftover, path if kind[1] == "old" else None)
+    temporary, claim = _claimed(path, prefix, make)
+    try:
+        yield temporary
+    except Exception as error:
+        if reason := _disk_says(error):
+            raise OSError(
+                f"{path} was not written ({reason}); what was there before is as it was. Free some space, or choose "
+                "another path."
+            ) from error
+        raise
+    finally:
+        _remove(temporary)
+        if claim is not None:
+            os.close(claim)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+
+
+def _new_folder(path: Path) -> int | None:
+    path.mkdir()
+    # Windows opens no folders; nor does it lock
+    return os.open(path, os.O_RDONLY) if os.name == "posix" else None
+
+
+def _claimed(path: Path, prefix: str, make: Callable[[Path], int | None]) -> tuple[Path, int | None]:
+    """Make a temporary, locked for as long as the returned descriptor is open: its writer is alive."""
     while True:
         temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}.tmp")
-        claim = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            claim = make(temporary)
+        except FileNotFoundError:
+            if not path.parent.exists():
+                raise
+            continue  # a folder that another writer took for a leftover before it was opened
+        if claim is None:
+            return temporary, None
         _lock(claim, wait=True)
-        if os.fstat(claim).st_nlink:
+        if os.path.lexists(temporary):
             return temporary, claim
-        # another writer took it for a leftover before it was locked
+        # taken for a leftover before it was locked
         os.close(claim)
 
 
-def _remove_unclaimed(leftover: Path) -> None:
+def _tidy(leftover: Path, path: Path | None) -> None:
+    """Remove what a killed process has left; or put it back to ``path``, if that is where it was and nothing is."""
     try:
-        descriptor = os.open(leftover, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(leftover, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         return
     try:
-        if _lock(descriptor, wait=False):
-            leftover.unlink(missing_ok=True)
+        if not _lock(descriptor, wait=False):
+            return
+        if path is None or path.exists():
+            _remove(leftover)
+        else:
+            os.rename(leftover, path)
     finally:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _lock(descriptor: int, wait: bool) -> bool:
-    """Lock an open file, where the system can; tells whether it did."""
+    """Lock an open file or folder, where the system can; tells whether it did."""
     try:
         import fcntl
     except ImportError:  # Windows, where leftovers stay
@@ -96,6 +195,51 @@ def _lock(descriptor: int, wait: bool) -> bool:
     return True
 
 
+def _take_place(new: Path, path: Path, check: Callable[[], None]) -> None:
+    """Put the folder ``new`` at ``path``; what was there is under the name ``new`` then, or gone."""
+    try:
+        os.rename(new, path)  # nothing there, or on POSIX an empty folder
+        return
+    except OSError:
+        if not path.is_dir():
+            raise
+    check()
+    if _exchanged(new, path):
+        return
+    old = new.with_suffix(".old")
+    claim = os.open(path, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        if claim is not None:
+            _lock(claim, wait=False)
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            try:
+                if not path.exists():
+                    os.rename(old, path)
+            except OSError:
+                # It is all that there is of the user's files.
+                logger.error("%s could not be replaced; what it held before lies in %s.", path, old)
+            raise
+        finally:
+            if path.exists():  # the new one, or that of another writer who came in between
+                _remove(old)
+    finally:
+        if claim is not None:
+            os.close(claim)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or its file system cannot."""
+    try:
+        # Linux 3.15, glibc 2.28: AT_FDCWD is -100, RENAME_EXCHANGE 2 (man 2 rename)
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
+
+
 def _sync(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -105,43 +249,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def replaced_folder(path: Path, check: Callable[[], None]) -> Iterator[Path]:
-    """Yield an empty folder beside ``path`` that takes its place when the block succeeds.
+def _sync_names(folder: Path) -> None:
+    # some file systems cannot sync a folder, and Windows cannot open one; the names are in place either way
+    with suppress(OSError):
+        _sync(folder)
 
-    A block that fails leaves ``path`` as it was. A link is followed: what it points to is replaced.
 
-    Args:
-        path: The folder to make or to replace.
-        check: Called before and after the block; raises if ``path`` must not be replaced.
-    """
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    new, old = work / "new", work / "old"
-    replaced = False
-    try:
-        # mkdtemp makes its folder private; the result is as readable as any other output.
-        new.mkdir()
-        check()
-        yield new
-        # Again: the block may have taken minutes.
-        check()
-        try:
-            if path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
-            replaced = True
-        except BaseException:
-            if old.exists() and not path.exists():
-                os.rename(old, path)
-            raise
-    finally:
-        if replaced or not old.exists():
-            shutil.rmtree(work, ignore_errors=True)
-        else:
-            # It could not be put back, and is all that there is of the user's files.
-            logger.error("%s could not be replaced; what it held before lies in %s.", path, old)
+def _disk_says(error: Exception) -> str | None:
+    """Return what a disk that takes no more says, in Python's words or in those of safetensors; else None."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return error.strerror
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+        return str(error)
+    return None
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -190,6 +310,20 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is no finite number")
     return value
+
+
+def digest_of_json(values: Mapping[str, Any]) -> str:
+    """Hash what a JSON object says, whatever its order and spacing."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """Hash the bytes of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

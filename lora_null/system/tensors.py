@@ -1,10 +1,53 @@
-"""Bytes of tensors, and which subclasses are plain."""
+"""Tensors as bytes and in files, and which subclasses are plain."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from .files import require_regular
+
+# What safetensors calls the types that weights are computed in. Others, such as integers and 8-bit floats, mean
+# nothing without a scale.
+_FLOATING = {"F16", "BF16", "F32", "F64"}
+
+
+@contextmanager
+def opened(path: Path, expected: str) -> Iterator[Any]:
+    """Open a safetensors file; nothing is ever unpickled. What is wrong with it, in the block too, is a ValueError.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is no regular file, damaged, or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    require_regular(path, expected)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); expected {expected}. It is damaged, or of another "
+            "kind; pickled checkpoints (.bin, .pt) are never loaded. Save or download it again."
+        ) from None
+
+
+def read_floating(file: Any, path: Path, name: str) -> Tensor:
+    """Read one tensor of a file that is :func:`opened`; ValueError unless it is of 16, 32 or 64 floating bits."""
+    code = file.get_slice(name).get_dtype()
+    if code not in _FLOATING:
+        raise ValueError(
+            f"{path} holds {name} as {code}; expected one of {', '.join(sorted(_FLOATING))}. It is damaged, or "
+            "quantised by another program; save it in floating point."
+        )
+    return file.get_tensor(name)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
