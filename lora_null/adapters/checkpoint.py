@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..system.files import read_json
 from ..system.log import logger
 from ..system.tensors import opened, read_floating
 from .delta import stack
+from .extras import Extras, choose, differs
 from .files import Adapter
 from .names import short_names
 from .state import CONFIG_KEY, AdapterState
@@ -40,9 +42,10 @@ def of_checkpoint(folder: Path, lora_alpha: float | None = None) -> Adapter:
     Raises:
         ValueError: A file is damaged, of a newer format, or holds no adapter.
     """
-    weights, tensors = _read_parts(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     state = _stated(folder, config, lora_alpha)
+    names, tensors = _read_parts(folder)
+    weights = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
     factors = {}
     for module, parts in tensors.items():
         _require_pairs(f"{folder}: the adapter of {module}", parts)
@@ -59,7 +62,11 @@ def of_checkpoint(folder: Path, lora_alpha: float | None = None) -> Adapter:
     first = str(classes[0]) if isinstance(classes, list) and classes else ""
     task_type = "CAUSAL_LM" if first.endswith(("ForCausalLM", "LMHeadModel")) else None
     named = base_model if isinstance(base_model, str) else None
-    return Adapter(factors, short_names(weights, factors), named, task_type, state)
+    extras = Extras()
+    if state is not None:
+        extras = _extras(folder, names, state, factors)
+        state = replace(state, config=replace(state.config, modules_to_save=extras.modules_to_save))
+    return Adapter(factors, short_names(weights, factors), named, task_type, state, extras=extras)
 
 
 def _require_pairs(what: str, parts: Mapping[str, Tensor]) -> None:
@@ -77,24 +84,43 @@ def _require_pairs(what: str, parts: Mapping[str, Tensor]) -> None:
 
 
 def _read_parts(folder: Path) -> tuple[set[str], dict[str, dict[str, Tensor]]]:
-    """Return the names of all modules with a weight, and by adapted module the tensors of its adapter."""
-    weights: set[str] = set()
+    """Return the names of all tensors outside the adapters, and by adapted module the tensors of its adapter."""
+    names: set[str] = set()
     tensors: dict[str, dict[str, Tensor]] = {}
-    for file in _shards(folder):
-        with opened(file, "weights of the checkpoint") as content:
-            for key in content.keys():
-                if not key.endswith(".weight"):
-                    continue
-                weights.add(key.removesuffix(".weight"))
-                module, _, part = key.removesuffix(".weight").rpartition(".")
-                if part in _PARTS:
-                    tensors.setdefault(module, {})[part] = read_floating(content, file, key)
+    for key, read in _tensors(folder):
+        module, _, part = key.removesuffix(".weight").rpartition(".")
+        if part in _PARTS and key.endswith(".weight"):
+            tensors.setdefault(module, {})[part] = read()
+        else:
+            names.add(key)
     if not tensors:
         raise ValueError(
             f"{folder} holds no lora_A and lora_B: it is a plain or merged model. Expected a checkpoint of a model "
             "patched by lora_null.initialize, saved before lora_null.merge."
         )
-    return weights, tensors
+    return names, tensors
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield the name of every tensor, and what reads it."""
+    for file in _shards(folder):
+        with opened(file, "weights of the checkpoint") as content:
+            for key in content.keys():
+                yield key, partial(read_floating, content, file, key)
+
+
+def _extras(folder: Path, names: set[str], state: AdapterState, adapted: Iterable[str]) -> Extras:
+    """Read what was trained besides the factors: what differs from the model in which they began."""
+    before = state.before
+    # Of tied weights transformers writes one.
+    held = {before[name]: name for name in sorted(names, reverse=True) if name in before}
+    ties = {name: held[key] for name, key in before.items() if name not in names and key in held}
+    changed = {key for key, read in _tensors(folder) if key in before and differs(read(), before[key])}
+    changed |= {name for name, source in ties.items() if source in changed}
+    chosen, extras = choose(sorted({*names, *ties}), changed, adapted, state.config.modules_to_save or ())
+    sources = {ties.get(name, name) for name in chosen}
+    values = {key: read() for key, read in _tensors(folder) if key in sources}
+    return replace(extras, tensors={name: values[ties.get(name, name)] for name in chosen})
 
 
 def _stated(folder: Path, config: dict, lora_alpha: float | None) -> AdapterState | None:

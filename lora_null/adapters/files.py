@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..models.refusals import DIVERGED, require_finite
 from ..system.files import read_json, replaced_folder, write_json
 from ..system.tensors import opened, read_floating
 from .delta import pad
+from .extras import Extras, key_of, name_of
 from .names import PEFT_CONFIG, PREFIX, SUFFIX_A, WEIGHTS, tensor_names
 from .plain import require_plain
 from .state import OWN_CONFIG, AdapterState, fits, read_state, require_sealed
@@ -29,6 +30,7 @@ _KNOWN = {WEIGHTS, PEFT_CONFIG, OWN_CONFIG, README}
 # Entries of PEFT's configuration that this package reads, and their types; LoraNullConfig knows those of the numbers.
 _KINDS: dict[str, Any] = {
     "use_rslora": bool | None,
+    "bias": str | None,
     "target_modules": str | list | None,
     "base_model_name_or_path": str | None,
     "task_type": str | None,
@@ -46,6 +48,7 @@ class Adapter:
         task_type: PEFT's name for the kind of model.
         state: How the adapter began; ``None`` if another program made it.
         recipe: Ranks, scaling and dropout as PEFT knows them; ``None`` where the scaling is part of ``lora_B``.
+        extras: What was trained besides the factors.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
@@ -54,6 +57,7 @@ class Adapter:
     task_type: str | None
     state: AdapterState | None
     recipe: LoraNullConfig | None = None
+    extras: Extras = field(default_factory=Extras)
 
     @property
     def r(self) -> int:
@@ -83,7 +87,7 @@ class Adapter:
         _require_types(folder / PEFT_CONFIG, config)
         require_plain(folder / PEFT_CONFIG, config)
         recipe = _recipe(folder / PEFT_CONFIG, config)
-        factors = _read_factors(folder / WEIGHTS)
+        factors, others = _read_tensors(folder / WEIGHTS)
         for name, (lora_A, _) in factors.items():
             if len(lora_A) != recipe.rank_of(name):
                 raise ValueError(
@@ -97,6 +101,7 @@ class Adapter:
             config.get("task_type"),
             state,
             recipe,
+            Extras(others, recipe.modules_to_save or (), config.get("bias", "none")),
         )
         for name, (lora_A, lora_B) in factors.items():
             scaling = adapter.scaling_of(name)
@@ -120,7 +125,7 @@ class Adapter:
         """
         from peft import LoraConfig
 
-        dtype = dtype or torch.float32
+        asked, dtype = dtype, dtype or torch.float32
         tensors: dict[str, Tensor] = {}
         for name, (lora_A, lora_B) in self.factors.items():
             require_finite(f"The adapter of {name}", lora_A, lora_B, f", so it was not saved. {DIVERGED}")
@@ -130,6 +135,12 @@ class Adapter:
             advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
             require_finite(f"The adapter of {name}", stored_A, stored_B, advice)
             tensors.update(zip(tensor_names(name), (stored_A, stored_B), strict=True))
+        for name, values in self.extras.tensors.items():
+            stored = values.to("cpu", dtype if asked and values.is_floating_point() else values.dtype).contiguous()
+            advice = f" in {stored.dtype}, so it was not saved. {DIVERGED}"
+            require_finite(name, stored, stored, advice)
+            # Tied weights share their memory, which a file cannot.
+            tensors[key_of(name, self.factors)] = stored.clone()
         # A regular expression is kept out: not every reader knows that PEFT allows one.
         targets = self.factors if isinstance(self.target_modules, str | None) else self.target_modules
         config = LoraConfig(
@@ -137,7 +148,8 @@ class Adapter:
             lora_alpha=self.r,
             target_modules=sorted(targets),
             lora_dropout=0.0,
-            bias="none",
+            bias=self.extras.bias,
+            modules_to_save=list(self.extras.modules_to_save) or None,
             init_lora_weights=True,
             task_type=self.task_type,
             base_model_name_or_path=self.base_model,
@@ -157,7 +169,7 @@ class Adapter:
 
 def _recipe(path: Path, config: Mapping[str, Any]) -> LoraNullConfig:
     """Return ranks, scaling and dropout of PEFT's configuration; the mode is that of another program: both train."""
-    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "modules_to_save")
     values: dict[str, Any] = {name: config.get(name) for name in names}
     try:
         return LoraNullConfig(
@@ -186,18 +198,20 @@ def check_target(path: Path, overwrite: bool) -> None:
         )
 
 
-def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read ``{module name: (lora_A, lora_B)}`` from an adapter's safetensors file."""
+def _read_tensors(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Read ``{module name: (lora_A, lora_B)}`` and what else was trained, by name in the model."""
     with opened(path, "the adapter's weights beside its config") as file:
-        keys = set(file.keys())
-        tensors = {key: read_floating(file, path, key) for key in sorted(keys) if key.startswith(PREFIX)}
-    names = [key[len(PREFIX) : -len(SUFFIX_A)] for key in tensors if key.endswith(SUFFIX_A)]
+        keys = {key for key in file.keys() if key.startswith(PREFIX)}
+        strange = set(file.keys()) - keys
+        # A module that was saved whole may have counters, too.
+        tensors = {key: read_floating(file, path, key) if "lora_" in key else file.get_tensor(key) for key in keys}
+    names = sorted(key[len(PREFIX) : -len(SUFFIX_A)] for key in keys if key.endswith(SUFFIX_A))
     expected = {name: tensor_names(name) for name in names}
-    known = {key for pair in expected.values() for key in pair}
-    strange = sorted(keys ^ known)
+    others = {key for key in keys if "lora_" not in key}
+    strange |= (keys - others) ^ {key for pair in expected.values() for key in pair}
     if strange or not names:
         raise ValueError(
-            f"{path} holds {len(keys)} tensors, among them or missing {strange[:3]}; expected pairs named "
+            f"{path} holds {len(keys)} tensors, among them or missing {sorted(strange)[:3]}; expected pairs named "
             f"{' and '.join(tensor_names('<module>'))}. It is not a plain LoRA adapter."
         )
     factors = {name: (tensors[key_A], tensors[key_B]) for name, (key_A, key_B) in expected.items()}
@@ -207,7 +221,7 @@ def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 f"{path}: the factors of {name} are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}; expected (r, d) "
                 "and (m, r) of one rank r."
             )
-    return factors
+    return factors, {name_of(key): tensors[key] for key in sorted(others)}
 
 
 def _require_types(path: Path, config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.refusals import Target
-from ..models.targets import survey
+from ..models.targets import Survey, survey
 from ..models.wrappers import uncompiled
 from ..system.distributed import announcing_failure
 from ..system.log import logger
+from .extras import inside, keys_of, require_modules, tensors_of
 from .layer import LoraNullLinear, attach_adapter, refuse_adapted, require_adaptable
 from .sharing import share_projections
 from .start import start_factors
@@ -40,7 +42,8 @@ def initialize(
     is frozen and ``B`` starts at zero: the model's outputs are bit-identical to the base model's. Otherwise both
     factors start at ``(A0, B0)`` on the base ``W - s B0 A0``, and outputs agree to rounding of the base's dtype.
 
-    Everything but the adapters stops requiring gradients. Nothing is changed when an error is raised.
+    Everything but the adapters and ``config.modules_to_save`` stops requiring gradients. Nothing is changed when an
+    error is raised.
 
     Under ``torch.distributed`` all processes have to call this, before the model is sharded; they divide the
     eigenproblems, and each attaches the same adapters.
@@ -63,12 +66,11 @@ def initialize(
             carries adapters already or is sharded already.
     """
     wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
-    if config.modules_to_save:
-        raise ValueError("modules_to_save is not supported here yet; use PEFT's LoraConfig and lora_null.peft.")
     layers = survey(model)
     targets = _called(layers.select(config), covariances, config)
     with announcing_failure():
-        _check(layers.linears, targets)
+        _check(layers, targets)
+        trained = require_modules(model, config.modules_to_save or (), targets, "modules_to_save")
     start = start_factors(
         layers.linears,
         {name: config.rank_of(name) for name in targets},
@@ -89,7 +91,13 @@ def initialize(
             "The base weights were shifted by the initial adapters (freeze_a=False): save_pretrained() would store the "
             "shifted base. Use lora_null.save_adapter, or lora_null.merge first."
         )
-    set_state(model, AdapterState(config, start.base_fingerprint, start.energies))
+    for name, tensor in tensors_of(model).items():
+        if isinstance(tensor, nn.Parameter) and inside(name, trained):
+            tensor.requires_grad_(True)
+    _say_frozen(layers, trained)
+    state = AdapterState(config, start.base_fingerprint, start.energies)
+    originals = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items() if inside(name, trained)}
+    set_state(model, replace(state, before=keys_of(model), originals=originals))
     return wrapper
 
 
@@ -112,9 +120,21 @@ def _called(targets: dict[str, Target], covariances: Covariances, config: LoraNu
     return {name: target for name, target in targets.items() if name not in idle}
 
 
-def _check(linears: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
-    refuse_adapted(linears)
-    if any(name.endswith(".base_layer") for name in targets):
+def _say_frozen(layers: Survey, trained: set[str]) -> None:
+    """Name a classifier's head that nothing trains: a new one has random weights."""
+    heads = sorted(name for name in layers.heads - {"lm_head"} if name in layers.linears and not inside(name, trained))
+    if heads and getattr(layers.model, "get_output_embeddings", lambda: None)() is None:
+        logger.warning(
+            "The head %s stays frozen as it is. If it is new, its weights are random: pass modules_to_save=%s to train "
+            "and save it with the adapters.",
+            heads[0],
+            [heads[0].split(".")[0]],
+        )
+
+
+def _check(layers: Survey, targets: Mapping[str, Target]) -> None:
+    refuse_adapted(layers.linears)
+    if any(hasattr(module, "base_layer") for module in layers.model.modules()):
         raise ValueError(
             "The model carries PEFT adapters. Use lora_null.peft.initialize_lora_null_weights, or start from the model "
             "without PEFT."

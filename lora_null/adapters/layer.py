@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.quantised import allow_gradients, is_dense
 from ..models.refusals import Target
+from ..models.wrappers import STATE
 from .delta import shift_base, stack
 from .projection import ProjectionGroup
 
@@ -223,16 +224,35 @@ def adapter_layers(model: nn.Module) -> dict[str, LoraNullLinear]:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Run the pre-trained model for the length of the block."""
+    """Run the pre-trained model for the length of the block, ``modules_to_save`` with their former values too."""
     layers = adapter_layers(model).values()
     before = [layer.adapter_enabled for layer in layers]
+    swapped = []
     try:
         for layer in layers:
             layer.adapter_enabled = False
+        for tensor, original in _originals(model):
+            swapped.append((tensor, tensor.data))
+            tensor.data = original.to(tensor.device, tensor.dtype)
         yield
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.adapter_enabled = enabled
+        for tensor, trained in swapped:
+            tensor.data = trained
+
+
+def _originals(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what trained whole, each tensor once, with the values that it had before."""
+    seen: set[int] = set()
+    for module in model.modules():
+        state = module.__dict__.get(STATE)
+        for name, original in getattr(state, "originals", {}).items():
+            owner, _, part = name.rpartition(".")
+            tensor = getattr(module.get_submodule(owner), part)
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor, original
 
 
 def require_layers(model: nn.Module) -> dict[str, LoraNullLinear]:

@@ -16,6 +16,7 @@ from ..models.targets import survey
 from ..models.weights import home_of
 from ..models.wrappers import uncompiled
 from .delta import unstack
+from .extras import is_trained, keys_of, place_extras, tensors_of
 from .files import Adapter
 from .layer import attach_adapter, refuse_adapted, require_adaptable
 from .sharing import share_projections
@@ -77,6 +78,9 @@ def load_adapter(
                     f"{folder / OWN_CONFIG} says that the adapter has the rank-2r form, but that of {name} has the odd "
                     f"rank {len(factors[name][0])}. The two files do not belong together; save the adapter again."
                 )
+    extras = adapter.extras
+    placed = place_extras(base_model, extras, targets, str(folder))
+    trained = {name for name in placed if is_trainable and is_trained(name, extras, base_model)}
     base_model.requires_grad_(False)
     for name, target in targets.items():
         home, r = home_of(target.linear), ranks[name]
@@ -106,7 +110,16 @@ def load_adapter(
         layer.lora_B.requires_grad_(is_trainable)
     share_projections(base_model)
     energies = state.energies if state else {}
-    set_state(base_model, AdapterState(config, base, energies, stacked=stacked and not shifted))
+    before, tensors = keys_of(base_model), tensors_of(base_model)
+    originals = {name: tensors[name].detach().clone() for name in placed}
+    with torch.no_grad():
+        for name, values in placed.items():
+            tensors[name].copy_(values)
+    for name in trained:
+        if isinstance(tensors[name], nn.Parameter):
+            tensors[name].requires_grad_(True)
+    state = AdapterState(config, base, energies, stacked and not shifted, before=before, originals=originals)
+    set_state(base_model, state)
     return wrapper
 
 

@@ -10,7 +10,6 @@ from typing import Any
 _SPECIAL = (
     "use_dora",
     "lora_bias",
-    "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
@@ -19,6 +18,8 @@ _SPECIAL = (
     "use_bdlora",
     "kasa_config",
 )
+# Which biases PEFT trains beside the factors.
+BIASES = ("none", "all", "lora_only")
 # Ways to start in which PEFT itself changes the base weights.
 SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -32,10 +33,9 @@ def require_plain(path: Path, config: Mapping[str, Any]) -> None:
             f"lora_alpha={alpha!r}; expected a LoRA adapter. Load it with PEFT."
         )
     special = [key for key in _SPECIAL if config.get(key)]
-    if special or config.get("bias", "none") != "none" or config.get("fan_in_fan_out"):
+    if special or config.get("bias", "none") not in BIASES or config.get("fan_in_fan_out"):
         raise ValueError(
-            f"{path} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA without "
-            "biases. Load it with PEFT."
+            f"{path} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA. Load it with PEFT."
         )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(SHIFTING):

@@ -16,7 +16,7 @@ from ..config import LoraNullConfig
 from ..models.weights import is_distributed
 from ..models.wrappers import plain_name, unwrapped
 from ..system.distributed import in_first_process
-from ..system.log import logger
+from .extras import extras_of
 from .files import Adapter
 from .layer import LoraNullLinear, LowRankFactor, require_layers
 from .names import published_name, short_names
@@ -65,17 +65,10 @@ def of_model(model: nn.Module, base_model_name_or_path: str | None = None) -> Ad
     layers = require_layers(model)
     factors = {plain_name(name): layer.low_rank_delta() for name, layer in layers.items()}
     first = next(iter(layers.values()))
-    adapted = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
-    if others:
-        logger.warning(
-            "%d parameters outside the adapters require gradients, for instance %s; what they learned is not in the "
-            "adapter that is saved.",
-            len(others),
-            others[0],
-        )
     state = get_state(model) or AdapterState(LoraNullConfig(r=first.r, lora_alpha=first.scaling * first.r))
-    state = replace(state, config=_as_found(state, layers, factors), stacked=state.stacked or first.shifted)
+    extras = extras_of(model, state.before, state.config.modules_to_save or ())
+    config = replace(_as_found(state, layers, factors), modules_to_save=extras.modules_to_save)
+    state = replace(state, config=config, stacked=state.stacked or first.shifted)
     # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
     names = [plain_name(name) for name, _ in model.named_modules()]
     own_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -85,6 +78,7 @@ def of_model(model: nn.Module, base_model_name_or_path: str | None = None) -> Ad
         base_model_name_or_path or published_name(own_name),
         _task_type(model),
         state,
+        extras=extras,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoraNullConfig
 from ..models.wrappers import STATE
@@ -33,6 +33,7 @@ _KINDS: dict[str, Any] = {
     "base_fingerprint": str | None,
     "energies": dict,
     "stacked": bool,
+    "before": dict,
     "files": dict,
     "checksum": str,
 }
@@ -56,10 +57,16 @@ class AdapterState:
     energies: dict[str, float] = field(default_factory=dict)
     stacked: bool = False
     version: str = __version__
+    # Not in files of adapters: hashes of what the model holds besides them, and the values that modules_to_save had.
+    before: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    originals: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def to_dict(self, files: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Return the contents of ``lora_null.json``, with the checksums of the ``files`` beside it."""
-        values = {
+    def to_dict(self, files: Mapping[str, str] | None = None, *, whole: bool = False) -> dict[str, Any]:
+        """Return the contents of ``lora_null.json``, with the checksums of the ``files`` beside it.
+
+        ``whole`` is for the configuration of a model: its checkpoint holds all weights, and not which were trained.
+        """
+        values: dict[str, Any] = {
             "format": _FORMAT,
             "version": self.version,
             "config": self.config.to_dict(),
@@ -68,6 +75,8 @@ class AdapterState:
             "stacked": self.stacked,
             "files": dict(files or {}),
         }
+        if whole:
+            values["before"] = dict(self.before)
         return {**values, "checksum": digest_of_json(values)}
 
     @classmethod
@@ -97,7 +106,8 @@ class AdapterState:
         if (number > 1 or found) and found != digest_of_json({k: v for k, v in values.items() if k != "checksum"}):
             raise _damaged(source, "its checksum is another one")
         version = values.get("version", "of unknown version")
-        return cls(config, values.get("base_fingerprint"), energies, values.get("stacked", False), version)
+        before = {str(name): str(key) for name, key in values.get("before", {}).items()}
+        return cls(config, values.get("base_fingerprint"), energies, values.get("stacked", False), version, before)
 
     def write(self, folder: Path, *, sealed: bool = False) -> None:
         """Write ``lora_null.json`` into an adapter folder; ``sealed``: with checksums of the files that lie there."""
@@ -156,7 +166,7 @@ def set_state(model: nn.Module, state: AdapterState | None) -> None:
     if state is not None:
         setattr(model, STATE, state)
         if hasattr(config, "save_pretrained"):
-            setattr(config, CONFIG_KEY, state.to_dict())
+            setattr(config, CONFIG_KEY, state.to_dict(whole=True))
         return
     for holder, name in ((model, STATE), (config, CONFIG_KEY)):
         if hasattr(holder, name):

@@ -71,6 +71,16 @@ def weights_key(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tensor_key(tensor: Tensor, *, sampled: bool = False) -> str:
+    """Hash a floating-point tensor: dtype, shape and all bits, or with ``sampled`` those of a few values."""
+    digest = hashlib.blake2b(digest_size=8)
+    flat = tensor.detach().reshape(-1)
+    _add_bits(digest, flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous() if sampled else flat)
+    kind = str(tensor.dtype).removeprefix("torch.")
+    shape = ",".join(map(str, tensor.shape))
+    return f"{'sample ' if sampled else ''}{kind}:{shape}:{digest.hexdigest()}"
+
+
 def digest_of(values: Iterable[str]) -> str:
     """Hash strings in order."""
     return hashlib.blake2b("\n".join(values).encode(), digest_size=16).hexdigest()
@@ -87,4 +97,5 @@ def _add_bits(digest, tensor: Tensor) -> None:
     words = bits[: bits.numel() // 8 * 8].view(torch.int64)
     table = words[: words.numel() // _COLUMNS * _COLUMNS].view(-1, _COLUMNS)
     for part in (table.sum(0), table.sum(1), words[table.numel() :], bits[words.numel() * 8 :]):
-        digest.update(bytes_of(part.cpu()))
+        # A copy: memory that numpy has seen can no longer be resized, as FSDP1 does.
+        digest.update(bytes_of(part.to("cpu", copy=True)))

@@ -153,7 +153,7 @@ class TestForeignFiles:
         [
             {"peft_type": "IA3"},
             {"use_dora": True},
-            {"bias": "all"},
+            {"bias": "some"},
             {"r": 0},
             {"alora_invocation_tokens": [1, 2]},
             {"init_lora_weights": "pissa_niter_4"},
