@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,21 @@ class TreeFinder(MetaPathFinder):
         }
 
     def find_spec(self, fullname, path=None, target=None):
-        """Return the spec of a package of the tree, or ``None``."""
+        """Return the spec of a module of the tree; ``None`` for names of other projects.
+
+        Raises:
+            ModuleNotFoundError: The tree has no such module. An installed one of that name would be measured in its
+                place: another commit's.
+        """
+        if fullname.partition(".")[0] != "lora_null":
+            return None
         folder = self._folders.get(fullname)
         if folder is None or not folder.is_dir():
-            return None
+            if (spec := PathFinder.find_spec(fullname, path)) is None:
+                raise ModuleNotFoundError(
+                    f"{self._folders['lora_null'].parent} has no module {fullname}", name=fullname
+                )
+            return spec
         init = folder / "__init__.py"
         if not init.exists():
             spec = importlib.util.spec_from_loader(fullname, None, is_package=True)

@@ -40,7 +40,8 @@ def working_copy(C: Any, uplo: str, what: str = "null_space: C") -> tuple[Tensor
         full = triangle.to(torch.float64)
         full = full + full.mT
         full.diagonal().mul_(0.5)
-    low, high = torch.stack(torch.aminmax(full)).tolist()
+    # Of C where that is all of it: in float32 it is half as long to read.
+    low, high = torch.stack(torch.aminmax(C if uplo == "full" else full)).tolist()
     scale = max(-low, high)
     exponent = 0
     if 0 < scale < math.inf and abs(math.frexp(scale)[1]) > SAFE_EXPONENT:

@@ -213,14 +213,14 @@ def _filtered(C: Tensor, r: int, **options: Any) -> tuple[Tensor | None, Tensor 
 
 def _exact(C: Tensor, r: int, energy: float | None, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
     def choose(values: Tensor) -> tuple[int, int]:
-        if energy is not None:
-            info["k"] = free_directions(C, values, energy, r, "null_space")
+        info["k"] = free_directions(C, values, energy, r, "null_space")
         return 0, r
 
     clock = time.perf_counter()
-    values, basis = exact(C, choose)
+    # One value beyond r for the gap: a vector more costs next to nothing.
+    values, basis = exact(C, min(len(C), r + 1) if energy is None else choose)
     info["seconds"]["exact"] = time.perf_counter() - clock
-    return basis, values
+    return basis[:, :r].contiguous(), values
 
 
 def _certificate(C: Tensor, basis: Tensor, values: Tensor, r: int, info: dict[str, Any]) -> dict[str, Any]:

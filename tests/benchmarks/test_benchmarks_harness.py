@@ -298,3 +298,7 @@ def test_a_worker_measures_the_library_of_its_tree(tmp_path):
         assert worker.ask(sample="run")["ms"] > 0
         answer = worker.ask(open={"question": "null-space", "case": {"d": 32, "r": 2, "spectrum": "o"}})
         assert "null_space" in answer["error"]
+        small = {"T": 4, "m": 8, "d": 8, "r": 2, "dtype": "fp32", "adapter": "fp32", "train_a": False}
+        # A module that this tree has not is not taken from the installed library either.
+        answer = worker.ask(open={"question": "linear", "case": small})
+        assert "has no module lora_null.adapters" in answer["error"]
