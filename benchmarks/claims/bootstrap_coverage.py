@@ -5,7 +5,7 @@ import torch
 from . import Found
 
 SOURCE = "lora_null/evaluation/intervals.py"
-QUOTE = "at 12 documents it covers 92 to 96 % where the plain one has 89 to 91 %"
+QUOTE = "it holds the mean in 95 % of normal samples (plain: 91 %)"
 TIMED = False
 
 
@@ -14,7 +14,8 @@ def measure() -> Found:
     from lora_null.evaluation import intervals
 
     found = {}
-    for kind, mean in (("normal", 0.0), ("exponential", 1.0)):
+    claimed = {"normal": (0.0, 95.0, 91.0), "exponential": (1.0, 90.0, 87.0)}
+    for kind, (mean, widened, plain) in claimed.items():
         covered = {"widened": 0, "plain": 0}
         for seed in range(1000):
             generator = torch.Generator().manual_seed(seed)
@@ -26,6 +27,6 @@ def measure() -> Found:
             means = x[torch.randint(12, (1000, 12), generator=generator)].mean(1)
             low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
             covered["plain"] += low <= mean <= high
-        found[f"{kind}, widened (%)"] = (94.0, covered["widened"] / 10)
-        found[f"{kind}, plain (%)"] = (90.0, covered["plain"] / 10)
+        found[f"{kind}, widened (%)"] = (widened, covered["widened"] / 10)
+        found[f"{kind}, plain (%)"] = (plain, covered["plain"] / 10)
     return found

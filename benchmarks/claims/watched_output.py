@@ -5,7 +5,7 @@ import torch
 from . import Found
 
 SOURCE = "lora_null/calibration/watching.py"
-QUOTE = "as in BitNet, leave 0.9 (of normal ones), a softmax of the product 0.3 to 0.4"
+QUOTE = "as in BitNet, leave 0.9 (of normal ones), a softmax of the product 0.3 to 0.6"
 TIMED = False
 
 
@@ -16,6 +16,6 @@ def measure() -> Found:
     y = x @ W.T
     scale = W.abs().mean()
     outputs = {"three values": (0.9, x @ ((W / scale).round().clamp(-1, 1) * scale).T)}
-    outputs |= {f"softmax of std {std}": (claimed, (std * y).softmax(-1)) for std, claimed in ((0.3, 0.3), (1.0, 0.4))}
+    outputs |= {f"softmax of std {std}": (claimed, (std * y).softmax(-1)) for std, claimed in ((0.3, 0.3), (1.0, 0.6))}
     cosine = torch.nn.functional.cosine_similarity
     return {name: (claimed, float(cosine(z.flatten(), y.flatten(), dim=0))) for name, (claimed, z) in outputs.items()}

@@ -23,7 +23,6 @@ from torch.utils.weak import TensorWeakRef
 from .. import ops
 from ..ops.dispatch import reason_against
 from ..ops.operation import autocast_dtype, is_observed
-from ..system.environment import requested_backend
 from ..system.log import warn_once
 
 # A row of A may lie outside the common row space by this many roundings of its dtype, of fp32 at most. What bf16 has
@@ -170,7 +169,6 @@ class ProjectionGroup:
             # a checkpointed block must do the same in its recomputation as it did at first
             and (self._refreshes < _MAX_REFRESHES or _saved_tensor_hooks() is not None)
             and not x.is_inference()  # has no version, so that a change in place would go unnoticed
-            and requested_backend() != "torch"
             and reason_against(x, layer.weight, first, lora_A, lora_B, layer.bias) is None
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..models.quantised import is_dense
 
 # Between the output of a layer and x W^T. Weights that are rounded to three values on the way, as in BitNet, leave 0.9
-# (of normal ones), a softmax of the product 0.3 to 0.4.
+# (of normal ones), a softmax of the product 0.3 to 0.6.
 _LEAST_COSINE = 0.7
 # of the input, for that comparison
 _ROWS = 64

@@ -53,8 +53,8 @@ def estimates(
     """Return ``sum(sums) / sum(counts)`` of each name, with intervals from common resamples of the documents.
 
     The interval is the percentile bootstrap with the level widened for few documents as Hesterberg (2015, section
-    4.2.2) proposes: at 12 documents it covers 92 to 96 % where the plain one has 89 to 91 %. A document is one unit:
-    tokens of one document are not independent.
+    4.2.2) proposes: of 12 documents it holds the mean in 95 % of normal samples (plain: 91 %), 90 % of
+    exponential ones (87 %). A document is one unit: tokens of one document are not independent.
 
     An interval of width zero says that all documents agree, not that the value is certain: where none of ``n``
     questions changed, up to ``3 / n`` of all questions may (95 %, the rule of three).

@@ -110,8 +110,8 @@ def _check_values(full: Tensor, scale: float, what: str) -> None:
             f"{what}: the diagonal is zero, so that it carries no activations; expected a positive trace. Did the "
             "calibration data reach this layer (all tokens masked, or an expert that was never routed to)?"
         )
-    # 2e-5: float32 sums of 1e5 tokens differ by about 1e-6 relative between the triangles; a forgotten mirror
-    # or a matrix that is not a covariance is off by order 1.
+    # 2e-5: triangles that were summed in different orders differ by roundings of float32; a forgotten mirror or a
+    # matrix that is not a covariance is off by order 1.
     if difference > 2e-5 * largest * d**0.5:
         raise ValueError(
             f"{what} is not symmetric (|C v - C^T v| reaches {difference / largest:.3e} of the largest diagonal "
