@@ -10,9 +10,10 @@ CSRC := $(wildcard csrc/*)
 quickstart: $(VENV)/.installed
 	$(BIN)/lora-null quickstart $(ARGS)
 
-# Everything that must hold, without a GPU, style first; the tests of the CUDA kernels run where a device is.
+# Everything that must hold, without a GPU, style first; the tests of the CUDA kernels run where a device is. A process
+# for each core, each with one thread of torch: half of the tests wait for processes or compilers of their own.
 test: style
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 # PEFT's own LoRA tests, fetched with pip, with and without the fused forward; fails on any that fails only when fused.
 test-peers: $(VENV)/.installed

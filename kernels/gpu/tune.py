@@ -10,7 +10,7 @@ the shipped entries, which stay for what the winners do not cover.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -167,7 +167,7 @@ def verifier(work: Workload, dtype: torch.dtype) -> Callable[[], None]:
     return verify
 
 
-def compile_ahead(kernel: str, entries: Iterable[dict[str, Any]], call: Callable[[], object]) -> None:
+def compile_ahead(kernel: str, entries: Sequence[dict[str, Any]], call: Callable[[], object]) -> None:
     """Compile what ``call`` launches with each entry, on all processors; what fails here fails again when timed."""
     import triton
 
@@ -179,10 +179,13 @@ def compile_ahead(kernel: str, entries: Iterable[dict[str, Any]], call: Callable
 
     runtime.launch = warm
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-            for entry in entries:
-                with config.forced(kernel, entry):
-                    call()
+        # What failed at first is tried again, one at a time: threads that parse at once may make CPython's ast.parse
+        # raise a SystemError, about once in a hundred compilations on 3.11.
+        for workers in (os.cpu_count(), 1):
+            with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+                for entry in entries:
+                    with config.forced(kernel, entry):
+                        call()
     finally:
         runtime.launch = launch
 
