@@ -213,6 +213,7 @@ def _filtered(C: Tensor, r: int, **options: Any) -> tuple[Tensor | None, Tensor 
 
 def _exact(C: Tensor, r: int, energy: float | None, info: dict[str, Any]) -> tuple[Tensor, Tensor]:
     def choose(values: Tensor) -> tuple[int, int]:
+        assert energy is not None
         info["k"] = free_directions(C, values, energy, r, "null_space")
         return 0, r
 

@@ -1,6 +1,7 @@
 """A pytest plugin for other people's test suites: notes every outcome, and lets adapters go through our fused forward.
 
-``PEER_OUTCOMES`` names the file that is written; with ``PEER_FUSED=1`` every adapter that PEFT puts into a model is fused.
+``PEER_OUTCOMES`` names the file that is written; with ``PEER_FUSED=1`` every adapter that PEFT puts into a model is
+fused.
 """
 
 import functools
