@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..system.files import require_regular
+from .masks import IGNORED_LABEL
 
 # Looked for in this order in the objects of a .jsonl file; an answer is appended where one stands beside it.
 TEXT_FIELDS = ("text", "question", "prompt", "instruction", "content")
@@ -115,6 +116,12 @@ def token_batches(
         raise ValueError(f"The {len(texts)} calibration documents have no token; expected text.")
     pieces.sort(key=len)
     return [_pad(pieces[i : i + batch_size], tokenizer.pad_token_id or 0) for i in range(0, len(pieces), batch_size)]
+
+
+def read_on_both_sides(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Give batches labels, from which an encoder-decoder model makes its decoder's input: the same text."""
+    labels = [batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL) for batch in batches]
+    return [{**batch, "labels": own} for batch, own in zip(batches, labels, strict=True)]
 
 
 def _pad(pieces: Iterable[list[int]], fill: int) -> dict[str, Tensor]:

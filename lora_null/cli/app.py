@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ from ..quickstart.settings import Settings
 from ..system.environment import switched_on
 from ..system.version import __version__
 from . import commands
-from .options import AsJson, Device, Progress, Rank, flags_of
+from .options import AsJson, Device, Progress, Rank, with_flags
 
 # What a user can cause and mend. Anything else is a defect of this package and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (commands.calibrate, commands.init, commands.export, commands.merge):
-    app.command()(command)
+    app.command()(with_flags(command))
 
 
 @app.command()
@@ -82,12 +82,12 @@ def bench(
 
 
 @app.command()
-@flags_of(Settings)
-def quickstart(**settings: Any) -> None:
+@with_flags
+def quickstart(settings: Settings) -> None:
     """Calibrate, fine-tune with LoRA and LoRA-Null, compare what each forgot, save, reload."""
     from ..quickstart.run import run
 
-    run(Settings(**settings))
+    run(settings)
 
 
 def _print_version(wanted: bool) -> None:

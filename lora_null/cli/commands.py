@@ -8,10 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..config import LoraNullConfig
+from ..models.settings import Loading
 from ..system.files import require_writable
 from .options import (
-    Device,
-    Dtype,
     Method,
     Model,
     Overwrite,
@@ -45,8 +44,8 @@ def calibrate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print memory, tokens, time and size, and write nothing.")
     ] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    *,
+    loading: Loading,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     progress: Progress = True,
@@ -54,8 +53,9 @@ def calibrate(
     """Sum the activation covariances of a model over calibration text."""
     from ..calibration.calibrate import calibrate as run
     from ..calibration.estimate import estimate
+    from ..calibration.masks import is_encoder_decoder
     from ..calibration.options import Options
-    from ..calibration.texts import check_sizes, read_texts, token_batches
+    from ..calibration.texts import check_sizes, read_on_both_sides, read_texts, token_batches
     from ..models.loading import load_model
 
     _check_outputs(output, checkpoint, data, overwrite)
@@ -65,8 +65,10 @@ def calibrate(
     checked = Options(**options)
     texts = read_texts(data, field=field)
     config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_model(model, loading)
     batches = token_batches(tokenizer, texts, **sizes, seed=seed)
+    if is_encoder_decoder(loaded):
+        batches = read_on_both_sides(batches)
     if dry_run:
         typer.echo(estimate(loaded, batches, config, checked))
         return
@@ -96,13 +98,13 @@ def init(
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help=help_of(LoraNullConfig, "use_rslora"))] = False,
     modules_to_save: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "modules_to_save"))] = None,
     method: Annotated[Method, typer.Option(help="How the null spaces are computed.")] = Method.auto,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    *,
+    loading: Loading,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     progress: Progress = True,
 ) -> None:
-    """Write the adapter that training starts from; it changes no output of the model yet."""
+    """Write the adapter that training starts from; it changes no output yet."""
     from ..adapters.files import check_target
     from ..adapters.initialize import initialize
     from ..adapters.save import save_adapter
@@ -127,7 +129,7 @@ def init(
         modules_to_save=parse_names(modules_to_save),
     )
     loaded_covariances = Covariances.load(covariances)
-    loaded, _ = load_model(model, dtype=dtype, device=device)
+    loaded, _ = load_model(model, loading)
     initialize(loaded, loaded_covariances, config, method=method.value, progress=progress)
     save_adapter(loaded, output, overwrite=overwrite)
     typer.echo(
@@ -170,8 +172,8 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    *,
+    loading: Loading,
     overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into its base model and write a plain Hugging Face checkpoint."""
@@ -181,8 +183,8 @@ def merge(
     from ..models.loading import load_model, load_tokenizer
 
     require_writable(output)
-    check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model))
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model, loading))
+    loaded, tokenizer = load_model(model, loading)
     save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
     typer.echo(f"{output}: merged model.")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -27,32 +27,41 @@ def help_of(owner: type, name: str) -> str:
     return next(field.metadata["help"] for field in fields(owner) if field.name == name)
 
 
-def flags_of(owner: type) -> Callable[[Callable], Callable]:
-    """Give a command that takes ``**settings`` one flag for each field of the dataclass ``owner``."""
-    types: dict[str, Any] = get_type_hints(owner)
-    flags = [
-        Parameter(
-            field.name,
-            Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=Annotated[types[field.name], typer.Option(f"--{name}", help=field.metadata["help"])]
-            if len(name := field.name.replace("_", "-")) == 1
-            else Annotated[types[field.name], typer.Option(help=field.metadata["help"])],
-        )
-        for field in fields(owner)
-    ]
+def with_flags(command: Callable) -> Callable:
+    """Give a command, in place of each parameter that is a dataclass, one flag for each field of it."""
+    hints = get_type_hints(command, include_extras=True)
+    owners: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[Parameter] = []
+    for name, parameter in signature(command).parameters.items():
+        own = _flags(owners[name]) if name in owners else [parameter.replace(annotation=hints[name])]
+        parameters += [flag.replace(kind=Parameter.KEYWORD_ONLY) for flag in own]
 
-    def decorate(command: Callable) -> Any:
-        vars(command)["__signature__"] = Signature(flags)
-        return command
+    def run(**values: Any) -> Any:
+        for name, owner in owners.items():
+            values[name] = owner(**{field.name: values.pop(field.name) for field in fields(owner)})
+        return command(**values)
 
-    return decorate
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    vars(run)["__signature__"] = Signature(parameters)
+    return run
+
+
+def _flags(owner: type) -> list[Parameter]:
+    types = get_type_hints(owner)
+    flags = []
+    for field in fields(owner):
+        name = f"--{field.name.replace('_', '-')}"
+        # one letter would become a short flag, and what is off needs no flag that says so
+        names = [name] if len(field.name) == 1 or field.default is False else []
+        option = typer.Option(*names, help=field.metadata["help"])
+        flag = Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default)
+        flags.append(flag.replace(annotation=Annotated[types[field.name], option]))
+    return flags
 
 
 Model = Annotated[str, typer.Argument(help="Folder or Hugging Face id of the base model.", show_default=False)]
 Rank = Annotated[int, typer.Option("--r", help=help_of(LoraNullConfig, "r"))]
 Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or suffixes with commas.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Overwrite = Annotated[

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .settings import Loading
+
 
 def choose_device(device: str = "auto") -> str:
     """Return ``device``, where ``"auto"`` means a CUDA device if there is one.
@@ -29,33 +31,57 @@ def choose_device(device: str = "auto") -> str:
     return device
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Load a causal language model for inference, and its tokenizer with a padding token.
+def load_model(model: str, loading: Loading | None = None) -> tuple[Any, Any]:
+    """Load a language model for inference, of any class that has a head, and its tokenizer with a padding token.
 
     Args:
         model: A folder or a Hugging Face model id.
-        dtype: Name of a torch dtype; ``"auto"`` means the checkpoint's own.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
+        loading: How.
 
     Raises:
         ValueError: No such model, dtype or device; or the model is a checkpoint of a run with adapters, which
             transformers would load without them.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    chosen, device = parse_dtype(dtype) or "auto", choose_device(device)
-    tokenizer = load_tokenizer(model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
-    if getattr(loaded.config, "lora_null", None):
+    loading = loading or Loading()
+    dtype, device = parse_dtype(loading.dtype) or "auto", choose_device(loading.device)
+    tokenizer = load_tokenizer(model, loading)
+    config: Any = AutoConfig.from_pretrained(model, **loading.source)
+    if getattr(config, "lora_null", None):
         raise ValueError(
             f"{model} is a checkpoint of a model patched by lora_null: loaded as a model it would lack its adapters, "
             "and its base may be shifted. Expected the pre-trained model; turn the checkpoint into an adapter with "
             "lora-null export."
         )
-    return loaded.to(device).eval(), tokenizer
+    # Quantised weights lie on their device from the start; many libraries refuse to move them.
+    quantised = getattr(config, "quantization_config", None) is not None
+    device_map = loading.device_map or (device if quantised else None)
+    placed = {} if device_map is None else {"device_map": device_map}
+    loaded: Any = _class_for(config).from_pretrained(model, dtype=dtype, **placed, **loading.source)
+    return (loaded if placed else loaded.to(device)).eval(), tokenizer
 
 
-def load_tokenizer(model: str) -> Any:
+def _class_for(config: Any) -> Any:
+    """Return the class that a model was saved as, where it has a head: names of modules depend on it.
+
+    A vision-language or an encoder-decoder model is no causal one, and as one it would lose a part or fail.
+    """
+    import transformers
+
+    remote = getattr(config, "auto_map", None) or {}
+    for name in ("AutoModelForCausalLM", *(key for key in remote if key.startswith("AutoModelFor"))):
+        if name in remote:
+            return getattr(transformers, name)
+    for name in getattr(config, "architectures", None) or ():
+        if "For" in str(name) or str(name).endswith("LMHeadModel"):
+            found = getattr(transformers, str(name), None)
+            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+                return found
+    return transformers.AutoModelForCausalLM
+
+
+def load_tokenizer(model: str, loading: Loading | None = None) -> Any:
     """Load a tokenizer that pads with its end token where it has no padding token: none is ever added."""
     from transformers import AutoTokenizer
 
@@ -63,7 +89,7 @@ def load_tokenizer(model: str) -> Any:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         if not Path(model).expanduser().is_dir():
             raise FileNotFoundError(f"{model} is not a folder; expected a model folder or a Hugging Face model id.")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, **(loading or Loading()).source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -41,6 +41,7 @@ class TestHelp:
         """What a flag sets must be an argument of the function behind the command."""
         from lora_null.adapters import export_adapter
         from lora_null.evaluation.report import adapter_report, spectrum_report
+        from lora_null.models.settings import Loading
         from lora_null.quickstart.settings import Settings
 
         fields = set(lora_null.LoraNullConfig.__dataclass_fields__)
@@ -51,7 +52,7 @@ class TestHelp:
             "inspect": [adapter_report, spectrum_report],
             "quickstart": [Settings],
         }
-        common = {"output", "overwrite", "dry_run", "dtype", "device", "json"}
+        common = {"output", "overwrite", "dry_run", "json", *Loading.__dataclass_fields__}
         for name, functions in behind.items():
             (command,) = [c.callback for c in cli.app.registered_commands if c.callback.__name__ == name]
             known = fields | common | {p for f in functions for p in inspect.signature(f).parameters}
