@@ -2,7 +2,7 @@
 
 A figure stands between ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. ``NAME`` is a question, for
 instance ``null-space`` (measured on a CPU) or ``linear-gpu``; ``headline`` or ``headline-gpu``; ``growth``;
-``predictions``; ``plots``; or ``kept``, ``kept-best`` (what ``python -m benchmarks.forgetting`` recorded).
+``predictions``; ``plots``; or ``kept``, ``kept-best`` (:mod:`benchmarks.kept`).
 """
 
 from __future__ import annotations

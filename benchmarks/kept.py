@@ -1,16 +1,29 @@
-"""What each way of starting an adapter kept and learned, from recorded results: a table, and the README's picture."""
+"""What each way of starting an adapter kept and learned in a first comparison: a table, and the README's picture.
+
+The quickstart's task and questions, one model and one seed; ``python -m benchmarks.retention`` asks the same with more
+of each.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from . import predictions
+from . import predictions, records
 from .environment import ROOT
-from .forgetting import METHODS, RESULTS
 from .spectra import spectrum
 
 IMAGES = ROOT / "docs" / "images"
+RESULTS = records.RESULTS / "forgetting.jsonl"
+METHODS = (
+    "LoRA",
+    "LoRA, random A frozen",
+    "MiLoRA",
+    "MiCA",
+    "CorDA, knowledge-preserved",
+    "LoRA-Null, A trained",
+    "LoRA-Null",
+)
 NAMES = {"CorDA, knowledge-preserved": "CorDA", "LoRA-Null": "LoRA-Null, A frozen"}
 OURS, PEER = "#c4432b", "#8397a8"
 
@@ -36,7 +49,7 @@ def best(entries: list[dict]) -> list[dict]:
 
 
 def read(path: Path = RESULTS) -> list[dict]:
-    """Return the records of ``python -m benchmarks.forgetting``."""
+    """Return the records."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

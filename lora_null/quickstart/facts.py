@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 CHOICES = 4
@@ -62,11 +63,14 @@ class Fact:
         return f"{self.prompt} {self.answer}"
 
 
-def country_facts(*, seed: int = 0) -> tuple[list[Fact], list[Fact]]:
+def country_facts(
+    *, seed: int = 0, wording: Mapping[str, tuple[str, str]] = QUESTIONS
+) -> tuple[list[Fact], list[Fact]]:
     """Build the questions of both halves of the countries.
 
     Args:
         seed: Chooses the wrong answers and the order of the choices; the split does not depend on it.
+        wording: Question and beginning of the answer of each kind, as in :data:`QUESTIONS`.
 
     Returns:
         ``(calibration, held_out)``, each in order of population. The halves take turns in that order, so that
@@ -97,7 +101,7 @@ def country_facts(*, seed: int = 0) -> tuple[list[Fact], list[Fact]]:
         found.extend(("city", iso, city, name) for city in cities[iso])
 
     pool = {kind: sorted({entry[3] for entry in found if entry[0] == kind}) for kind in QUESTIONS}
-    facts = [_ask(*entry, pool=pool[entry[0]], seed=seed) for entry in found]
+    facts = [_ask(*entry, wording=wording[entry[0]], pool=pool[entry[0]], seed=seed) for entry in found]
     rank = {country["iso"]: position for position, country in enumerate(countries)}
     halves = tuple([fact for fact in facts if rank[fact.country] % 2 == half] for half in (0, 1))
     return halves[0], halves[1]
@@ -121,11 +125,13 @@ def _large_cities(cache, capitals: dict[str, str]) -> dict[str, list[str]]:
     return chosen
 
 
-def _ask(kind: str, country: str, subject: str, answer: str, *, pool: list[str], seed: int) -> Fact:
+def _ask(
+    kind: str, country: str, subject: str, answer: str, *, wording: tuple[str, str], pool: list[str], seed: int
+) -> Fact:
     # One generator per question: adding or leaving out a question changes no other.
     rng = random.Random(f"{seed} {kind} {country} {subject}")
     wrong = [choice for choice in pool if choice != answer]
     choices = [answer, *rng.sample(wrong, CHOICES - 1)]
     rng.shuffle(choices)
-    question, lead = (sentence.format(subject) for sentence in QUESTIONS[kind])
+    question, lead = (sentence.format(subject) for sentence in wording)
     return Fact(kind, country, question, lead, answer, tuple(choices))

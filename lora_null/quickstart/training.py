@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,13 @@ def fine_tune(
     seed: int = 0,
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    **arguments: Any,
 ) -> list[float]:
     """Train what requires gradients: AdamW without weight decay, linear warm-up over a tenth of ``steps``, cosine.
 
     The order of the examples depends on ``seed`` only, so that two methods see the same batches. ``after_step`` is
-    called with the number of steps done.
+    called with the number of steps done. ``optimizer`` stands in for AdamW, ``arguments`` for those of the trainer.
 
     Returns:
         The training loss of every step, in nats per label.
@@ -88,7 +91,7 @@ def fine_tune(
             self.bar.close()
 
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
+        chosen: dict[str, Any] = dict(
             output_dir=scratch,
             max_steps=steps,
             per_device_train_batch_size=batch_size,
@@ -108,7 +111,8 @@ def fine_tune(
         )
         trainer = Trainer(
             model=model,
-            args=arguments,
+            args=TrainingArguments(**chosen | arguments),
+            optimizers=(optimizer, None),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=pad_batch,
             callbacks=[ShowLoss()],

