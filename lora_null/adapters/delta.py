@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..models.refusals import DIVERGED
 from ..models.weights import gathered, materialized
 
 
@@ -15,14 +16,14 @@ def stack(
     scaling: float,
     initial: tuple[Tensor, Tensor] | None,  # A0 (r, d), B0 (m, r)
 ) -> tuple[Tensor, Tensor]:
-    """Write the change ``s B A`` or ``s (B A - B0 A0)`` of a weight as one product ``B' A'`` in fp32.
+    """Write the change ``s B A`` or ``s (B A - B0 A0)`` of a weight as one product ``B' A'`` in at least fp32.
 
     Without ``initial`` that is ``A' = A``, ``B' = s B``. With it the rank is ``2 r``: ``A' = [A ; A - A0]``,
     ``B' = s [B - B0 | B0]``. The usual ``[A ; A0]``, ``[B | -B0]`` is the same product, but cancels when it is
     rounded: for an update of relative size 1e-3 the relative error in bf16 is 1.66 instead of 2e-3. Sharded factors
     are gathered.
     """
-    lora_A, lora_B = gathered(lora_A).float(), gathered(lora_B).float()
+    lora_A, lora_B = (_widened(gathered(factor)) for factor in (lora_A, lora_B))
     if lora_A.ndim != 2 or lora_B.ndim != 2:
         raise ValueError(
             f"The factors are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}; expected (r, d) and (m, r). FSDP1 has "
@@ -30,7 +31,7 @@ def stack(
         )
     if initial is None:
         return lora_A.clone(), scaling * lora_B
-    initial_A, initial_B = (gathered(factor).to(lora_A.device, torch.float32) for factor in initial)
+    initial_A, initial_B = (gathered(factor).to(lora_A.device, lora_A.dtype) for factor in initial)
     return torch.cat([lora_A, lora_A - initial_A]), scaling * torch.cat([lora_B - initial_B, initial_B], dim=1)
 
 
@@ -62,8 +63,39 @@ def pad(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
-    """Add ``factor * B A`` to the base weight in place: product and sum in fp32, one rounding at the end."""
+    """Add ``factor * B A`` to the base weight in place: product and sum in fp32, one rounding at the end.
+
+    An fp64 weight gets them in fp64.
+    """
+    with materialized(linear):
+        linear.weight.copy_(_shifted(linear.weight, lora_A, lora_B, factor))
+
+
+@torch.no_grad()
+def require_shift(name: str, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
+    """Refuse what :func:`shift_base` could not write: a weight beyond the range of its dtype; nothing is changed.
+
+    A bound tells mostly, at the cost of reading: no entry of ``B A`` exceeds the norms of its row and column.
+    """
     with materialized(linear):
         weight = linear.weight
-        product = lora_B.to(weight.device, torch.float32) @ lora_A.to(weight.device, torch.float32)
-        weight.copy_(weight.float().add_(product, alpha=factor))
+        norms = _widened(lora_B).norm(dim=1).max(), _widened(lora_A).norm(dim=0).max(), weight.abs().max()
+        rows, columns, largest = (float(gathered(norm)) for norm in norms)
+        if largest + abs(factor) * rows * columns < torch.finfo(weight.dtype).max:
+            return
+        shifted = _shifted(weight, lora_A, lora_B, factor).to(weight.dtype)
+        if not bool(gathered(torch.isfinite(shifted).all())):
+            raise ValueError(
+                f"The weight of {name} would hold NaN or Inf in {weight.dtype} (its largest entry is {largest:.3g}), "
+                f"so nothing was changed. {DIVERGED} Or load the model in a wider dtype."
+            )
+
+
+def _shifted(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    product = lora_B.to(weight.device, dtype) @ lora_A.to(weight.device, dtype)
+    return product.mul_(factor).add_(weight)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -177,7 +177,8 @@ def choose(
 
 
 def _comparable(tensor: Any) -> bool:
-    return type(tensor) in PLAIN_TENSORS and tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
+    plain = type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and tensor.is_floating_point()
+    return plain and not tensor.is_meta and tensor.numel() > 0
 
 
 def differs(tensor: Tensor, before: str | None) -> bool:

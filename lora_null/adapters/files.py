@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import LoraNullConfig
-from ..models.refusals import DIVERGED, require_finite
+from ..models.refusals import DIVERGED, require_finite, require_floating
 from ..system.files import read_json, replaced_folder, write_json
 from ..system.tensors import opened, read_floating
 from .delta import pad
@@ -126,11 +126,12 @@ class Adapter:
         from peft import LoraConfig
 
         asked, dtype = dtype, dtype or torch.float32
+        require_floating(dtype, "dtype")
         tensors: dict[str, Tensor] = {}
         for name, (lora_A, lora_B) in self.factors.items():
             require_finite(f"The adapter of {name}", lora_A, lora_B, f", so it was not saved. {DIVERGED}")
             scaling = self.scaling_of(name)
-            scaled_B = lora_B if scaling == 1 else scaling * lora_B.float()
+            scaled_B = lora_B if scaling == 1 else scaling * lora_B.to(torch.promote_types(lora_B.dtype, torch.float32))
             stored_A, stored_B = (factor.to("cpu", dtype).contiguous() for factor in pad(lora_A, scaled_B, self.r))
             advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
             require_finite(f"The adapter of {name}", stored_A, stored_B, advice)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..covariances.covariances import Covariances
-from ..models.refusals import Target
-from ..models.targets import Survey, survey
+from ..models.refusals import Target, require_floating
+from ..models.targets import CLASSIFIERS, Survey, survey
 from ..models.wrappers import uncompiled
 from ..system.distributed import announcing_failure
 from ..system.log import logger
+from .delta import require_shift
 from .extras import inside, keys_of, require_modules, tensors_of
 from .layer import LoraNullLinear, attach_adapter, refuse_adapted, require_adaptable
 from .sharing import share_projections
@@ -65,6 +66,7 @@ def initialize(
         ValueError: The covariances do not cover or do not fit the model, the rank is too large, or the model
             carries adapters already or is sharded already.
     """
+    require_floating(adapter_dtype, "adapter_dtype")
     wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
     layers = survey(model)
     targets = _called(layers.select(config), covariances, config)
@@ -81,6 +83,9 @@ def initialize(
         dtype=adapter_dtype,
         progress=progress,
     )
+    if not config.freeze_a:
+        for name, target in targets.items():
+            require_shift(name, target.linear, *start.factors[name], -config.scaling_of(name))
     # The model changes from here on, and nothing below can fail on the user's input.
     model.requires_grad_(False)
     for name, target in targets.items():
@@ -122,13 +127,13 @@ def _called(targets: dict[str, Target], covariances: Covariances, config: LoraNu
 
 def _say_frozen(layers: Survey, trained: set[str]) -> None:
     """Name a classifier's head that nothing trains: a new one has random weights."""
-    heads = sorted(name for name in layers.heads - {"lm_head"} if name in layers.linears and not inside(name, trained))
-    if heads and getattr(layers.model, "get_output_embeddings", lambda: None)() is None:
+    heads = {name.split(".")[0] for name in layers.heads & set(layers.linears) if not inside(name, trained)}
+    for head in sorted(heads & set(CLASSIFIERS)):
         logger.warning(
-            "The head %s stays frozen as it is. If it is new, its weights are random: pass modules_to_save=%s to train "
-            "and save it with the adapters.",
-            heads[0],
-            [heads[0].split(".")[0]],
+            "The head %s stays frozen as it is. If it is new, its weights are random: pass modules_to_save=[%r] to "
+            "train and save it with the adapters.",
+            head,
+            head,
         )
 
 

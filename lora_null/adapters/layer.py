@@ -143,6 +143,8 @@ def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
 
 def require_adaptable(targets: Mapping[str, Target]) -> None:
     """Refuse layers that :func:`attach_adapter` could not change in place, before it changes any."""
+    for target in targets.values():
+        target.require_plain("An adapter")
     for base in {type(target.linear) for target in targets.values()}:
         _patched_class(base)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..config import LoraNullConfig
 from ..models.identity import fingerprint
-from ..models.refusals import Target
+from ..models.refusals import Target, require_finite, require_floating
 from ..models.targets import survey
 from ..models.weights import home_of
 from ..models.wrappers import uncompiled
-from .delta import unstack
+from .delta import require_shift, unstack
 from .extras import is_trained, keys_of, place_extras, tensors_of
 from .files import Adapter
 from .layer import attach_adapter, refuse_adapted, require_adaptable
@@ -50,6 +50,7 @@ def load_adapter(
         FileNotFoundError: ``path`` is not an adapter folder.
         ValueError: A file is damaged or foreign, or the adapter belongs to another model.
     """
+    require_floating(adapter_dtype, "adapter_dtype")
     wrapper, base_model, folder = base_model, uncompiled(base_model), Path(path)
     adapter = Adapter.read(folder)
     factors, state = adapter.factors, adapter.state
@@ -81,10 +82,10 @@ def load_adapter(
     extras = adapter.extras
     placed = place_extras(base_model, extras, targets, str(folder))
     trained = {name for name in placed if is_trainable and is_trained(name, extras, base_model)}
-    base_model.requires_grad_(False)
+    made: dict[str, tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]] = {}
     for name, target in targets.items():
-        home, r = home_of(target.linear), ranks[name]
-        lora_A, lora_B = (factor.to(home, torch.float32) for factor in factors[name])
+        home, r, wide = home_of(target.linear), ranks[name], torch.promote_types(adapter_dtype, torch.float32)
+        lora_A, lora_B = (factor.to(home, wide) for factor in factors[name])
         # In a folder of ours the scaling is part of B. In memory it is that of the run, so that a step of B means the
         # same.
         scaling = config.scaling_of(name)
@@ -98,11 +99,22 @@ def load_adapter(
         else:
             rows = len(lora_A) if stacked else r
             lora_A, lora_B = lora_A[:rows].clone(), lora_B[:, :rows] / scaling
+        lora_A, lora_B = lora_A.to(adapter_dtype), lora_B.to(adapter_dtype)
+        advice = f" in {adapter_dtype}, so it was not loaded; expected a dtype of wider range, such as float32."
+        require_finite(f"{folder}: the adapter of {name}", lora_A, lora_B, advice)
+        if initial is not None:
+            require_finite(f"{folder}: the start of {name}", *initial, advice)
+            require_shift(name, target.linear, *initial, -scaling)
+        made[name] = lora_A, lora_B, initial
+    # The model changes from here on, and nothing below can fail on the user's input.
+    base_model.requires_grad_(False)
+    for name, target in targets.items():
+        lora_A, lora_B, initial = made.pop(name)
         layer = attach_adapter(
             target.linear,
-            lora_A.to(adapter_dtype),
-            lora_B.to(adapter_dtype),
-            scaling=scaling,
+            lora_A,
+            lora_B,
+            scaling=config.scaling_of(name),
             train_a=shifted or (is_trainable and not config.freeze_a),
             lora_dropout=config.lora_dropout,
             initial=initial,

@@ -17,7 +17,7 @@ from ..models.targets import survey
 from ..models.wrappers import unwrapped
 from ..system.files import replaced_folder
 from .checkpoint import INDEX
-from .delta import shift_base
+from .delta import require_shift, shift_base
 from .layer import detach_adapter, require_layers
 from .state import set_state
 
@@ -37,6 +37,7 @@ def merge(model: nn.Module) -> nn.Module:
         linears[name].require_writable("Merging")
         factors = layer.lora_A.weight, layer.lora_B.weight
         require_finite(f"The adapter of {name}", *factors, f", so nothing was merged. {DIVERGED}")
+        require_shift(name, layer, layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
     for layer in layers.values():
         # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
         shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)

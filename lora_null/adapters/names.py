@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..system.log import warn_once
+
 # What PEFT calls the two files of an adapter, and puts before and behind a module's name.
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, SUFFIX_A = "base_model.model.", ".lora_A.weight"
@@ -25,5 +27,16 @@ def short_names(names: Iterable[str], chosen: Iterable[str]) -> list[str]:
 
 
 def published_name(name: str | None) -> str | None:
-    """Return a model's name without the leading folders of an absolute path, which tell others about this machine."""
-    return Path(name).name if name and os.path.isabs(name) else name
+    """Return a model's name without the leading folders of an absolute path, which tell others about this machine.
+
+    A warning says so: readers that load the base by its name do not find it.
+    """
+    if not name or not os.path.isabs(name):
+        return name
+    short = Path(name).name
+    warn_once(
+        f"local-base-{name}",
+        f"The base model came from a folder, and the adapter names it {short!r}, without the folders above. Programs "
+        "that load the base by this name will look for it beside them or on the hub: pass base_model_name_or_path.",
+    )
+    return short

@@ -250,7 +250,8 @@ def row_space_coordinates(lora_A: Tensor, first: Tensor) -> Tensor | None:
     # The Gram matrix squares a condition number that is at most 4 where it matters.
     gram = rows @ rows.t()
     spectrum = torch.linalg.eigvalsh(gram)
-    if not bool(spectrum[0] * _MAX_CONDITION**2 >= spectrum[-1]):
+    # Zero rows, as of a zero weight, have no coordinates.
+    if not bool(spectrum[0] * _MAX_CONDITION**2 >= spectrum[-1] > 0):
         return None
     mixing = torch.linalg.solve(gram, exact @ rows.t(), left=False)
     outside = (exact - mixing @ rows).norm(dim=1)

@@ -82,6 +82,14 @@ def start_factors(
     for name, r in tqdm(ranks.items(), "factorise", unit="layer", disable=not progress):
         # Eigenvalues ascend, so a smaller rank takes the leading columns.
         factors[name] = factors_of(name, linears[name].linear, spaces[keys[name]].basis[:, :r], dtype=dtype)
+    idle = [name for name, (A0, _) in factors.items() if not A0.any()]
+    if idle:
+        logger.warning(
+            "%d layers, for instance %s, map all directions of their null space to zero, as a zero weight does: their "
+            "factors start at zero, and nothing can learn there. Leave them out through exclude_modules.",
+            len(idle),
+            idle[0],
+        )
     return Start(factors, base_fingerprint, energies)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from .quantised import is_dense
 from .weights import gathered
 
+# What the parameters are called of which weight_norm, spectral_norm and pruning make a weight.
+_MADE = {"weight_orig", "weight_g", "weight_v"}
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIVERGED = "The training run diverged; lower the learning rate and start again from an earlier checkpoint."
 
 
@@ -54,11 +58,25 @@ class Target:
                 "deepspeed.initialize)."
             )
 
+    def require_plain(self, wish: str) -> None:
+        """Refuse a weight that is made anew from others at every call, so that a change of it is lost."""
+        made = "weight" in getattr(self.linear, "parametrizations", ())
+        if made or not _MADE.isdisjoint(self.linear._parameters):
+            raise ValueError(
+                f"{wish} needs weights that are parameters, but that of {self.name} is computed from others at every "
+                "call (weight_norm, spectral_norm, another parametrization, or a pruning mask). Make it a parameter "
+                "first: torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm "
+                "or prune.remove."
+            )
+
     def require_writable(self, wish: str) -> None:
         """Refuse a weight that cannot take an update in place, which is what ``wish`` needs."""
+        self.require_plain(wish)
         linear, weight = self.linear, self.linear.weight
         if self.tied:
-            problem = "shares its weight with another module (tied weights), which would change along with it"
+            problem = "shares its weight with another module (tied, or in one memory), which would change along with it"
+        elif any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+            problem = "holds some values once for several places (an expanded tensor)"
         elif self.is_flattened:
             problem = "is flattened by FSDP1 or ZeRO-3, so that this process holds a part of it"
         elif not is_dense(linear):
@@ -89,6 +107,15 @@ class Target:
                 f"The covariance of {self.name} has {size} features, but the layer reads {self.d}. The covariances "
                 "were collected on another model; run lora_null.calibrate on this one."
             )
+
+
+def require_floating(dtype: Any, what: str) -> None:
+    """Refuse a dtype in which factors would lose what they are; ``what`` is the argument's name."""
+    if dtype not in _FLOATING:
+        raise ValueError(
+            f"{what} is {dtype!r}; expected one of {', '.join(map(str, _FLOATING))}. Integers, 8-bit floats and "
+            "complex numbers do not hold an adapter's factors."
+        )
 
 
 def require_finite(what: str, lora_A: Tensor, lora_B: Tensor, advice: str) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..system.log import logger, warn_once
 from .refusals import Target
 
-_CLASSIFIERS = ("score", "classifier")
+# Heads of classifiers, under the names that PEFT knows.
+CLASSIFIERS = ("score", "classifier")
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,11 @@ def survey(model: nn.Module) -> Survey:
     stacks: dict[str, int] = {}
     factors: tuple[str, ...] = ()
     holders: Counter[int] = Counter()
+    everything: list[nn.Parameter] = []
     for name, module in model.named_modules():
         parameters = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
         holders.update(map(id, parameters.values()))
+        everything.extend(parameters.values())
         if hasattr(module, "base_layer"):
             factors += (f"{name}.lora_",)
         if isinstance(module, nn.Linear) and not name.startswith(factors):
@@ -143,9 +147,30 @@ def survey(model: nn.Module) -> Survey:
                 if parameter.dim() > 2 and min(parameter.shape) > 1:
                     stacks[f"{name}.{key}".lstrip(".")] = parameter.numel()
     # Tied embeddings, above all.
-    tied = {name for name, linear in linears.items() if holders[id(linear._parameters.get("weight"))] > 1}
+    shared = _overlapping(everything) | {key for key, count in holders.items() if count > 1}
+    tied = {name for name, linear in linears.items() if id(linear._parameters.get("weight")) in shared}
     targets = {name: Target(name, linear, name in tied) for name, linear in linears.items()}
     return Survey(model, targets, heads, stacks)
+
+
+def _overlapping(parameters: Iterable[nn.Parameter]) -> set[int]:
+    """Return the ids of parameters of their own that lie in the same memory."""
+    spans = set()
+    for parameter in parameters:
+        if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.layout is torch.strided:
+            extent = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            if parameter.numel() and not parameter.is_meta:
+                start = parameter.data_ptr()
+                end = start + (extent + 1) * parameter.element_size()
+                spans.add((str(parameter.device), start, end, id(parameter)))
+    shared: set[int] = set()
+    device, reach, holder = "", 0, 0
+    for place, start, end, key in sorted(spans):
+        if place == device and start < reach:
+            shared |= {holder, key}
+        if place != device or end > reach:
+            device, reach, holder = place, end, key
+    return shared
 
 
 def target_linears(model: nn.Module, config: LoraNullConfig | None = None) -> dict[str, nn.Linear]:
@@ -181,7 +206,7 @@ def _head_modules(model: nn.Module) -> set[int]:
     getter: Any = getattr(model, "get_output_embeddings", None)
     heads = [getter()] if getter is not None else []
     if heads == [None]:
-        heads = [getattr(model, name, None) for name in _CLASSIFIERS]
+        heads = [getattr(model, name, None) for name in CLASSIFIERS]
     return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
 

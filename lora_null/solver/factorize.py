@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..models.refusals import require_floating
 from ..models.weights import dense_weight, gathered, materialized
 
 
@@ -37,6 +38,7 @@ def factorize(
         with materialized(weight):
             W = dense_weight(weight)
             return factorize(W, basis.to(W.device), dtype=dtype)
+    require_floating(dtype, "dtype")
     W = gathered(weight)
     _check(W, basis)
     U = basis.to(torch.float64)
@@ -56,7 +58,13 @@ def factorize(
     if missing:  # fewer out-features than rank: the remaining components carry nothing
         A0 = torch.cat([A0, A0.new_zeros(missing, A0.shape[1])])
         B0 = torch.cat([B0, B0.new_zeros(B0.shape[0], missing)], dim=1)
-    return A0.to(dtype).contiguous(), B0.to(dtype).contiguous()
+    factors = A0.to(dtype).contiguous(), B0.to(dtype).contiguous()
+    if not all(bool(factor.isfinite().all()) for factor in factors):
+        raise ValueError(
+            f"factorize: the factors do not fit into {dtype}, their largest entry is "
+            f"{float(max(A0.abs().max(), B0.abs().max())):.3g}; expected a dtype of wider range, such as float32."
+        )
+    return factors
 
 
 def _check(W: Tensor, basis: Tensor) -> None:
