@@ -28,11 +28,15 @@ class Extras:
         tensors: Name in the model's state dict to values.
         modules_to_save: Ends of module names: a module that one of them selects is in ``tensors`` whole.
         bias: PEFT's name for which biases are there: ``"none"`` or those of the adapted layers, ``"lora_only"``.
+        others: Name on disk to what only PEFT's own layers hold, such as adapters on embeddings.
+        settings: Of PEFT's configuration, under which it reads those.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
     bias: str = "none"
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def key_of(name: str, adapted: Iterable[str]) -> str:

@@ -136,12 +136,13 @@ class Adapter:
             advice = f" in {dtype}, so it was not saved. Its values are too large for that type; save in another."
             require_finite(f"The adapter of {name}", stored_A, stored_B, advice)
             tensors.update(zip(tensor_names(name), (stored_A, stored_B), strict=True))
-        for name, values in self.extras.tensors.items():
+        named = {key_of(name, self.factors): values for name, values in self.extras.tensors.items()}
+        for name, values in {**named, **self.extras.others}.items():
             stored = values.to("cpu", dtype if asked and values.is_floating_point() else values.dtype).contiguous()
             advice = f" in {stored.dtype}, so it was not saved. {DIVERGED}"
             require_finite(name, stored, stored, advice)
             # Tied weights share their memory, which a file cannot.
-            tensors[key_of(name, self.factors)] = stored.clone()
+            tensors[name] = stored.clone()
         # A regular expression is kept out: not every reader knows that PEFT allows one.
         targets = self.factors if isinstance(self.target_modules, str | None) else self.target_modules
         config = LoraConfig(
@@ -149,12 +150,15 @@ class Adapter:
             lora_alpha=self.r,
             target_modules=sorted(targets),
             lora_dropout=0.0,
-            bias=self.extras.bias,
-            modules_to_save=list(self.extras.modules_to_save) or None,
             init_lora_weights=True,
             task_type=self.task_type,
             base_model_name_or_path=self.base_model,
             inference_mode=True,
+            **{
+                "bias": self.extras.bias,
+                "modules_to_save": list(self.extras.modules_to_save) or None,
+                **self.extras.settings,
+            },
         ).to_dict()
         # PEFT keeps target_modules as a set.
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -112,7 +112,7 @@ def _started(layer: Any) -> Iterator[None]:
     initial = getattr(layer, INITIAL)
     factors = [
         (part[name].weight, start)
-        for name, pair in initial.items()
+        for name, (*pair, _) in initial.items()
         for part, start in zip((layer.lora_A, layer.lora_B), pair, strict=True)
     ]
     trained = [weight.data for weight, _ in factors]

@@ -16,7 +16,7 @@ from ..covariances.covariances import Covariances
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.documents import Text, read_documents
 from ..evaluation.report import response
-from ..peft.save import of_peft
+from ..peft.save import changes_of
 from ..system.log import logger
 
 PREFIX = "retention_"
@@ -146,4 +146,4 @@ class RetentionCallback(TrainerCallback):
 def _updates(model: Any) -> Mapping[str, tuple[Tensor, Tensor]]:
     """Return fp32 ``A (r, d)`` and ``B (m, r)`` of each layer, with ``B A`` its change of the pre-trained weight."""
     own = {name: layer.low_rank_delta() for name, layer in adapter_layers(model).items()}
-    return own or of_peft(model, getattr(model, "active_adapter", "default")).factors
+    return own or changes_of(model, getattr(model, "active_adapter", "default"))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.delta import shift_base
+from ..adapters.plain import SHIFTING
 from ..adapters.start import start_factors
-from ..adapters.state import AdapterState
+from ..adapters.state import INITIAL, AdapterState
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.quantised import allow_gradients
@@ -19,12 +19,16 @@ from ..models.refusals import Target
 from ..models.targets import survey
 from ..system.distributed import announcing_failure
 from ..system.log import warn_once
-from .layers import freeze, lora_layers, remember
-from .record import INITIAL
+from .layers import base_of, freeze, lora_layers, lora_modules
+from .recipe import recipe_of
+from .record import remember
+from .untouched import initial_of
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def initialize_lora_null_weights(
-    peft_model: PeftModel,
+    peft_model: Model,
     covariances: Covariances,
     *,
     freeze_a: bool = True,
@@ -32,17 +36,21 @@ def initialize_lora_null_weights(
     method: str = "auto",
     seed: int = 0,
     progress: bool = True,
-) -> PeftModel:
+) -> Model:
     """Overwrite the LoRA weights of ``peft_model`` with a LoRA-Null start.
 
     With ``freeze_a`` the base is untouched, ``lora_A`` is the null-space factor and stays frozen through
     ``set_adapter`` and ``disable_adapter``, and ``lora_B`` is zero: an exact no-op, on a quantised base too.
     Otherwise the base weights are shifted in place: ``disable_adapter`` and further adapters then see the shifted
-    base. What is saved fits the untouched base in both modes, by :func:`save_adapter` as by PEFT's
+    base. What is saved fits the untouched base in both modes, by :func:`save_adapter` as by the model's own
     ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
 
+    What the ``LoraConfig`` adds to LoRA on linear layers is left as PEFT starts it: ``lora_bias``, adapters on
+    embeddings and, by ``target_parameters``, on whole parameters, ``trainable_token_indices``, ``modules_to_save``.
+
     Args:
-        peft_model: From ``get_peft_model`` with a ``LoraConfig``; ranks may differ between layers.
+        peft_model: From ``get_peft_model`` with a ``LoraConfig``, or a model of transformers after ``add_adapter``, or
+            any after ``inject_adapter_in_model``; ranks and scaling may differ between layers.
         covariances: From :func:`lora_null.calibrate` on the base model.
         freeze_a: Train ``lora_B`` only.
         adapter_name: Which adapter to overwrite.
@@ -54,14 +62,16 @@ def initialize_lora_null_weights(
         The same model.
 
     Raises:
-        ValueError: The model has no plain LoRA layer of that name, or the covariances do not fit it. Nothing is
-            changed then.
+        ValueError: The model has no plain LoRA layer of that name, its base weights are not the pre-trained ones, or
+            the covariances do not fit it. Nothing is changed then.
     """
     layers = lora_layers(peft_model, adapter_name)
     linears = _linears(peft_model)
     with announcing_failure():
+        _check_base(peft_model)
         for name, layer in layers.items():
             _check_layer(name, layer, linears.get(name), adapter_name)
+        config = recipe_of(peft_model, adapter_name, LoraNullConfig(freeze_a=freeze_a, seed=seed))
     start = start_factors(
         linears,
         {name: layer.r[adapter_name] for name, layer in layers.items()},
@@ -83,17 +93,34 @@ def initialize_lora_null_weights(
             "now see the shifted base. save_pretrained and lora_null.peft.save_adapter write this adapter for the "
             "untouched base.",
         )
-    peft_config: Any = peft_model.peft_config[adapter_name]
-    config = LoraNullConfig(r=peft_config.r, lora_alpha=peft_config.lora_alpha, freeze_a=freeze_a, seed=seed)
     remember(peft_model, adapter_name, AdapterState(config, start.base_fingerprint, start.energies))
     return peft_model
 
 
-def _linears(peft_model: PeftModel) -> dict[str, Target]:
+def _linears(peft_model: nn.Module) -> dict[str, Target]:
     """Return the linear layers by their names in the base model without its adapters."""
-    linears = survey(peft_model.get_base_model()).linears
+    linears = survey(base_of(peft_model)).linears
     plain = {name: ".".join(part for part in name.split(".") if part != "base_layer") for name in linears}
     return {plain[name]: replace(target, name=plain[name]) for name, target in linears.items()}
+
+
+def _check_base(peft_model: Any) -> None:
+    """Refuse a model whose base weights something has moved already."""
+    for adapter, config in peft_model.peft_config.items():
+        start = str(getattr(config, "init_lora_weights", "")).lower()
+        if start.startswith(SHIFTING):
+            raise ValueError(
+                f"The adapter {adapter!r} began with init_lora_weights={start!r}, by which PEFT has moved the base "
+                "weights away from the pre-trained ones. Load the model again, and leave init_lora_weights out of the "
+                "LoraConfig: the start is overwritten here anyway."
+            )
+    for name, layer in lora_modules(peft_model):
+        if layer.merged or initial_of(layer) is not None:
+            state = "has its adapter merged" if layer.merged else "was initialised with freeze_a=False before"
+            raise ValueError(
+                f"{name} {state}, so that its base weight is not the pre-trained one. Unmerge it "
+                "(unmerge_adapter()), or start from a freshly loaded model."
+            )
 
 
 def _check_layer(name: str, layer: Any, target: Target | None, adapter_name: str) -> None:
@@ -103,11 +130,11 @@ def _check_layer(name: str, layer: Any, target: Target | None, adapter_name: str
             "layer. Leave it out of the LoraConfig's target_modules."
         )
     target.require_whole("initialize_lora_null_weights")
-    if layer.merged or getattr(layer, INITIAL, {}):
-        state = "has its adapter merged" if layer.merged else "was initialised with freeze_a=False before"
+    rows = len(layer.lora_A[adapter_name].weight)
+    if rows != layer.r[adapter_name]:
         raise ValueError(
-            f"{name} {state}, so that its base weight is not the pre-trained one. Unmerge it (unmerge_adapter()), or "
-            "start from a freshly loaded model."
+            f"The adapter {adapter_name!r} of {name} has r={layer.r[adapter_name]}, but its factors have {rows} rows: "
+            "expected as many. prepare_model_for_compiled_hotswap pads them; initialise before it."
         )
     if adapter_name in getattr(layer, "lora_variant", {}):
         raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
@@ -125,5 +152,5 @@ def _put(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, fr
     layer.lora_B[adapter_name].weight.copy_(initial_B)
     # The values as stored: a bf16 adapter rounds, and the shift must undo exactly what it adds.
     stored_A, stored_B = (part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
-    shift_base(base, stored_A, stored_B, -layer.scaling[adapter_name])
-    setattr(layer, INITIAL, {**getattr(layer, INITIAL, {}), adapter_name: (stored_A, stored_B)})
+    shift_base(base, stored_A, stored_B, -float(layer.scaling[adapter_name]))
+    setattr(layer, INITIAL, {adapter_name: (stored_A, stored_B, float(layer.scaling[adapter_name]))})

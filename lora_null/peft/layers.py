@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners import lora
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from ..adapters.state import AdapterState, set_state
 from ..models.wrappers import plain_name
-from .record import record_adapter
 
 
-def freeze_lora_A(peft_model: PeftModel, adapter_name: str = "default") -> int:
+def freeze_lora_A(peft_model: nn.Module, adapter_name: str = "default") -> int:
     """Freeze ``lora_A`` so that PEFT's own switches keep it frozen; return the number of layers.
 
     Needed after ``PeftModel.from_pretrained(..., is_trainable=True)``, which does not know that A was frozen.
@@ -25,12 +24,19 @@ def freeze_lora_A(peft_model: PeftModel, adapter_name: str = "default") -> int:
 
 
 def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
-    """Return the layers that hold the adapter, by their name in the base model."""
-    model = peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
+    """Return the layers that hold the adapter, by their name in the base model.
+
+    Embeddings are not among them, nor what PEFT adapts by ``target_parameters``, such as fused experts.
+    """
+    if isinstance(peft_model, PeftMixedModel):
+        raise ValueError(
+            "The model was made by get_peft_model(..., mixed=True), where layers may carry adapters of other kinds at "
+            "once, and which PEFT cannot save. Expected one of get_peft_model without mixed=True."
+        )
     layers = {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, lora.LoraLayer) and adapter_name in module.lora_A
+        for name, module in base_of(peft_model).named_modules()
+        if isinstance(module, lora.LoraLayer) and not isinstance(module, ParamWrapper) and adapter_name in module.lora_A
     }
     if not layers:
         raise ValueError(
@@ -40,15 +46,27 @@ def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[st
     return layers
 
 
-def remember(peft_model: PeftModel, adapter_name: str, state: AdapterState) -> None:
-    """Keep ``state`` on the model, and where PEFT's ``save_pretrained`` finds it."""
-    set_state(peft_model, state)
-    record_adapter(peft_model, adapter_name, state, lora_layers(peft_model, adapter_name))
+def base_of(peft_model: nn.Module) -> nn.Module:
+    """Return the model that carries the adapters: inside a ``PeftModel``, or itself after ``add_adapter``."""
+    return peft_model.get_base_model() if isinstance(peft_model, PeftModel) else peft_model
 
 
-def base_names(peft_model: PeftModel) -> set[str]:
+def lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return all layers of LoRA, on whatever they are, by name in ``model`` as its state dict has it."""
+    modules = model.named_modules()
+    return [(plain_name(name), module) for name, module in modules if isinstance(module, lora.LoraLayer)]
+
+
+def holds_linear(layer: Any, adapter_name: str) -> bool:
+    """Tell whether the layer computes ``s (x A^T) B^T`` for the adapter."""
+    if isinstance(layer, ParamWrapper) or adapter_name not in layer.lora_A:
+        return False
+    return isinstance(layer.lora_A[adapter_name], nn.Linear)
+
+
+def base_names(peft_model: nn.Module) -> set[str]:
     """Return the names that modules have in the base model without its adapters."""
-    names = {plain_name(name) for name, _ in peft_model.get_base_model().named_modules()}
+    names = {plain_name(name) for name, _ in base_of(peft_model).named_modules()}
     return {name for name in names if not any(part in name.split(".") for part in ("lora_A", "lora_B", "base_layer"))}
 
 

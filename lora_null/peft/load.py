@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from ..adapters.state import AdapterState, read_state, require_sealed
-from .layers import freeze_lora_A, remember
+from ..adapters.state import read_state, require_sealed
+from .layers import freeze_lora_A
+from .recipe import recipe_of, restore
+from .record import remember
 
 
 def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
-    """``PeftModel.from_pretrained(..., is_trainable=True)`` that keeps A frozen where it was trained frozen.
+    """``PeftModel.from_pretrained(..., is_trainable=True)`` that goes on as the run did.
+
+    A stays frozen where it was trained frozen, and the adapter has the scaling and dropout of the run, whatever the
+    file made of them. On disk an adapter is relative to the untouched base; on that it is trained, without a shift.
 
     Raises:
         ValueError: ``lora_null.json`` is damaged, or of a newer format than this version knows.
@@ -24,10 +28,9 @@ def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name:
     require_sealed(Path(path))
     peft_model = PeftModel.from_pretrained(base_model, str(path), adapter_name=adapter_name, is_trainable=True)
     if state is not None:
+        restore(peft_model, adapter_name, state.config)
         if state.config.freeze_a:
             freeze_lora_A(peft_model, adapter_name)
-        # On disk the adapter is relative to the untouched base, whatever it was trained on.
-        peft_config: Any = peft_model.peft_config[adapter_name]
-        config = replace(state.config, r=peft_config.r)
-        remember(peft_model, adapter_name, AdapterState(config, state.base_fingerprint, state.energies))
+        config = recipe_of(peft_model, adapter_name, state.config)
+        remember(peft_model, adapter_name, replace(state, config=config, stacked=False))
     return peft_model

@@ -1,26 +1,27 @@
-"""PEFT's own ``save_pretrained`` and ``load_adapter`` on an initialised model, as trainers call them."""
+"""What is remembered of adapters, by name, and the model's own ``save_pretrained``, which writes it."""
 
 from __future__ import annotations
 
-from copy import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from peft import PeftConfig, PeftModel
 
-from ..adapters.delta import pad, stack, unstack
-from ..adapters.files import WEIGHTS
-from ..adapters.names import tensor_names
-from ..adapters.state import INITIAL, AdapterState
-from ..system.files import replacing
+from ..adapters.extras import keys_of
+from ..adapters.names import PEFT_CONFIG
+from ..adapters.state import OWN_CONFIG, AdapterState, set_state
+from ..config import LoraNullConfig
+from .complete import require_complete
+from .layers import lora_layers
+from .recipe import recipe_of, scale_B, with_recipe
+from .untouched import for_untouched_base, initial_of, is_shifted, take_apart
 
-_RECORD = "_lora_null_record"
-# How far A0 and B0 of a checkpoint may be from the layer's own, relative to their norms; more where they were rounded.
-_TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2
+# On the model: adapter name to Record. On a layer: that what is loaded into it is looked at.
+_RECORDS, _WATCHED = "_lora_null_records", "_lora_null_watched"
 
 
 @dataclass(frozen=True)
@@ -29,102 +30,143 @@ class Record:
 
     Attributes:
         state: For ``lora_null.json``.
-        initial: Module name to ``A0 (r, d)``, ``B0 (m, r)`` and the scaling, where the base is shifted.
+        before: Hashes of what the model held beside its adapters.
+        config: PEFT's, by which an adapter is known: one that was deleted and made again under its name is another.
     """
 
     state: AdapterState
-    initial: dict[str, tuple[Tensor, Tensor, float]]
-
-    def __deepcopy__(self, memo: dict) -> Record:
-        """Share: nothing of it ever changes, and the factors are as large as the adapter."""
-        return self
+    before: Mapping[str, str]
+    config: Any
 
 
-class RecordedLoraConfig(LoraConfig):
-    """A ``LoraConfig`` whose folder, as ``PeftModel.save_pretrained`` writes it, fits the untouched base model.
+def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
+    """Keep ``state`` of an adapter, and let the model's own ways to save and load it keep to it."""
+    set_state(peft_model, state)
+    record = Record(state, keys_of(peft_model), peft_model.peft_config[adapter_name])
+    records = {**peft_model.__dict__.get(_RECORDS, {}), adapter_name: record}
+    setattr(peft_model, _RECORDS, records)
+    for layer in lora_layers(peft_model, adapter_name).values():
+        if _WATCHED not in layer.__dict__:
+            layer.register_load_state_dict_pre_hook(take_apart)
+            setattr(layer, _WATCHED, True)
+    # Without these a model has no way to save adapters: save_pretrained, if any, writes all its weights as they are.
+    saves_adapters = isinstance(peft_model, PeftModel) or getattr(peft_model, "_hf_peft_config_loaded", False)
+    if saves_adapters and not isinstance(peft_model.__dict__.get("save_pretrained"), SavePretrained):
+        peft_model.save_pretrained = SavePretrained(peft_model)
+    if isinstance(peft_model, PeftModel) and not isinstance(peft_model.__dict__.get("load_adapter"), LoadAdapter):
+        peft_model.load_adapter = LoadAdapter(peft_model)
 
-    PEFT writes ``A`` and ``B`` first and lets the configuration write itself beside them. Where the base is shifted,
-    both are replaced there by the rank-``2 r`` form ``[A ; A - A0]``, ``s [B - B0 | B0]``, as in
-    :func:`lora_null.peft.save_adapter`; on the way back, layers take it apart.
+
+def recalled(peft_model: Any, adapter_name: str) -> AdapterState | None:
+    """Return what is remembered of an adapter."""
+    record = peft_model.__dict__.get(_RECORDS, {}).get(adapter_name)
+    known = record is not None and record.config is peft_model.peft_config.get(adapter_name)
+    return record.state if known else None
+
+
+def held_before(peft_model: Any) -> dict[str, str]:
+    """Return hashes of what the model held beside its adapters when the first of them was started."""
+    before: dict[str, str] = {}
+    for record in peft_model.__dict__.get(_RECORDS, {}).values():
+        before = {**record.before, **before}
+    return before
+
+
+class SavePretrained:
+    """``save_pretrained`` of one model, of PEFT or of transformers, whose folders fit the untouched base model.
+
+    Where the base is shifted, it hands the original the factors in the rank-``2 r`` form ``[A ; A - A0]``,
+    ``s [B - B0 | B0]``, and the configuration that belongs to them, so that it does not matter in which order the two
+    are written. Beside them it writes ``lora_null.json``.
+
+    An attribute of the model, as other programs also replace this method. It is copied and pickled with the model.
     """
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` and ``lora_null.json``; ValueError for weights that PEFT has converted."""
-        record: Record | None = getattr(self, _RECORD, None)
-        folder = Path(save_directory)
-        config = self
-        if record is not None and record.initial:
-            if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists():
-                raise ValueError("safe_serialization=False is not supported on a shifted base; leave it out.")
-            if (folder / WEIGHTS).exists():
-                config = copy(self)
-                config.r = config.lora_alpha = _stack(folder / WEIGHTS, record)
-                config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
-        super(RecordedLoraConfig, config).save_pretrained(save_directory, **kwargs)
-        if record is not None:
-            replace(record.state, stacked=bool(record.initial)).write(folder)
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.save_pretrained
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write all that the original would.
 
-def record_adapter(peft_model: Any, adapter_name: str, state: AdapterState, layers: dict[str, Any]) -> None:
-    """Let PEFT's ``save_pretrained`` write ``state``, and adapters for the untouched base where it is shifted.
-
-    Args:
-        peft_model: Holds the adapter.
-        adapter_name: Its name.
-        state: Of the adapter.
-        layers: Its LoRA layers, by name in the base model.
-    """
-    initial = {}
-    for name, layer in layers.items():
-        if adapter_name in getattr(layer, INITIAL, {}):
-            initial[name] = (*getattr(layer, INITIAL)[adapter_name], layer.scaling[adapter_name])
-            layer.register_load_state_dict_pre_hook(_take_apart)
-    config = peft_model.peft_config[adapter_name]
-    if type(config) is LoraConfig:
-        config.__class__ = RecordedLoraConfig
-    setattr(config, _RECORD, Record(state, initial))
-
-
-def _stack(path: Path, record: Record) -> int:
-    """Replace the factors in an adapter's file by their change of the untouched base; return the rank."""
-    tensors = load_file(str(path))
-    r = 2 * max(len(initial_A) for initial_A, _, _ in record.initial.values())
-    for name, (initial_A, initial_B, scaling) in record.initial.items():
-        key_A, key_B = tensor_names(name)
-        lora_A, lora_B = tensors[key_A], tensors[key_B]
-        if lora_A.shape != initial_A.shape:
+        Raises:
+            ValueError: Something was trained that is in no adapter's file, or the adapter cannot be written for the
+                untouched base. Nothing is written then.
+        """
+        # By the class: what another program has put in between may take anything.
+        bound = inspect.signature(type(self.model).save_pretrained).bind(self.model, *args, **kwargs).arguments
+        options = {**bound, **bound.get("kwargs", {})}
+        for name in ("self", "kwargs"):
+            options.pop(name, None)
+        folders = self._folders(options)
+        states = {name: recalled(self.model, name) for name in folders}
+        if options.get("path_initial_model_for_weight_conversion") and any(states.values()):
             raise ValueError(
-                f"{path} holds factors of rank {len(lora_A)} for {name}; expected rank {len(initial_A)}, as trained. "
                 "PEFT's conversion (path_initial_model_for_weight_conversion) is not needed here: save_pretrained "
-                "writes an adapter for the untouched base by itself."
+                "writes an adapter for the untouched base by itself. Leave it out."
             )
-        stacked_A, stacked_B = pad(*stack(lora_A, lora_B, scaling, (initial_A, initial_B)), r)
-        tensors[key_A], tensors[key_B] = stacked_A.to(lora_A.dtype), stacked_B.to(lora_B.dtype)
-    # load_file may have mapped the old file, which therefore must stay until its name is taken over.
-    with replacing(path) as new:
-        save_file(tensors, str(new), metadata={"format": "pt"})
-    return r
+        require_complete(self.model, held_before(self.model), options.get("save_embedding_layers", "auto"))
+        with ExitStack() as stack:
+            if is_shifted(self.model):
+                given = options.get("state_dict")
+                state_dict = dict(self.model.state_dict() if given is None else given)
+                for name in folders:
+                    settings, stacked = for_untouched_base(self.model, name, state_dict)
+                    stack.enter_context(_set(self.model.peft_config[name], settings))
+                    state = states[name]
+                    states[name] = None if state is None else replace(state, stacked=stacked)
+                options["state_dict"] = state_dict
+            writes = options.get("is_main_process", True)
+            for folder in folders.values() if writes else ():
+                # Of another adapter, or of this one as it was: without it a folder is an ordinary adapter's.
+                (folder / OWN_CONFIG).unlink(missing_ok=True)
+            result = self.original(**options)
+        for name, folder in folders.items() if writes else ():
+            state = states[name]
+            if state is not None:
+                replace(state, config=recipe_of(self.model, name, state.config)).write(folder, sealed=True)
+        return result
+
+    def _folders(self, options: dict[str, Any]) -> dict[str, Path]:
+        """Return the folder that each adapter is written to."""
+        folder = Path(options["save_directory"])
+        if isinstance(self.model, PeftModel):
+            names = options.get("selected_adapters") or list(self.model.peft_config)
+            return {name: folder if name == "default" else folder / name for name in names}
+        return {self.model.active_adapters()[0]: folder}
 
 
-@torch.no_grad()
-def _take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Take the rank-``2 r`` form apart again when a checkpoint is loaded into the layer that it came from."""
-    initial_A, initial_B = next(iter(getattr(layer, INITIAL).values()))
-    for name in layer.lora_A:
-        key_A, key_B = (f"{prefix}{part}.{name}.weight" for part in ("lora_A", "lora_B"))
-        r, scaling = layer.r[name], layer.scaling[name]
-        if key_A not in state_dict or key_B not in state_dict or len(state_dict[key_A]) < 2 * r:
-            continue  # a plain state dict of the model
-        tolerance = _TOLERANCE if state_dict[key_A].dtype.itemsize >= 4 else _TOLERANCE_HALF
-        lora_A, change_B, *found = unstack(state_dict[key_A].float(), state_dict[key_B].float(), scaling, r)
-        initial_A, initial_B = (factor.to(lora_A.device, torch.float32) for factor in (initial_A, initial_B))
-        for got, own in zip(found, (initial_A, initial_B), strict=True):
-            if got.shape != own.shape or (got - own).norm() > tolerance * own.norm():
-                raise ValueError(
-                    f"The checkpoint's adapter {prefix}{name} started from other factors than this model's, so that it "
-                    "belongs to another shifted base. To resume, initialise with the covariances and the LoraConfig of "
-                    "that run (Covariances.save keeps them); to go on from the checkpoint alone, use "
-                    "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
-                )
-        # The layer's own B0, which its base was shifted by: that of the file may be rounded.
-        state_dict[key_A], state_dict[key_B] = lora_A, change_B + initial_B
+class LoadAdapter:
+    """``load_adapter`` of one ``PeftModel``, by which an adapter that it has already goes on as it was saved.
+
+    PEFT gives the weights of a file to the adapter of that name as they are, whatever the scaling of the two.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.load_adapter
+
+    def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load, and bring ``lora_B`` to the scaling of the adapter in memory."""
+        folder = Path(model_id) / kwargs.get("subfolder", "")
+        known = recalled(self.model, adapter_name) is not None and (folder / PEFT_CONFIG).exists()
+        saved = PeftConfig.from_pretrained(str(folder)) if known else None
+        result = self.original(model_id, adapter_name, *args, **kwargs)
+        if saved is not None:
+            recipe = with_recipe(LoraNullConfig(), saved)
+            for name, layer in lora_layers(self.model, adapter_name).items():
+                # On a shifted base that is done where the form is taken apart.
+                if initial_of(layer) is None:
+                    scale_B(layer, adapter_name, recipe.scaling_of(name) / float(layer.scaling[adapter_name]))
+        return result
+
+
+@contextmanager
+def _set(config: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """Give ``config`` other values for the length of the block."""
+    before = {name: getattr(config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -1,7 +1,6 @@
 """A pytest plugin for other people's test suites: notes every outcome, and lets adapters go through our fused forward.
 
-``PEER_OUTCOMES`` names the file that is written; with ``PEER_FUSED=1`` every adapter that PEFT puts into a model is
-fused.
+``PEER_OUTCOMES`` names the file that is written; with ``PEER_FUSED=1`` PEFT's adapters are fused as they are made.
 """
 
 import functools
@@ -9,10 +8,17 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 _outcomes = {}
 
 
 def pytest_configure(config):
+    if os.environ.get("PEER_HUB") != "1":
+        # Before the test files take it over: they go online in it, and without a network each try takes half a minute.
+        from tests import testing_utils
+
+        testing_utils.hub_online_once = lambda name: pytest.skip(f"{name} is on the hub")
     if os.environ.get("PEER_FUSED") != "1":
         return
     from peft.tuners.tuners_utils import BaseTuner

@@ -1,0 +1,153 @@
+"""An adapter on a shifted base, written for the untouched one, and taken back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from ..adapters.delta import pad, stack, unstack
+from ..adapters.state import INITIAL
+from ..models.wrappers import plain_name
+from .layers import holds_linear, lora_modules
+
+# How far A0 and B0 of a checkpoint may be from the layer's own, relative to their norms; more where they were rounded.
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2
+
+
+def is_shifted(model: nn.Module) -> bool:
+    """Tell whether the base of some layer is shifted by ``- s B0 A0``."""
+    return any(getattr(module, INITIAL, None) for module in model.modules())
+
+
+def initial_of(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """Return ``A0 (r, d)``, ``B0 (m, r)`` and ``s`` by which the base is shifted, whichever adapter did it."""
+    return next(iter(getattr(layer, INITIAL, {}).values()), None)
+
+
+def is_stacked(layer: Any, adapter_name: str, lora_A: Tensor) -> bool:
+    """Tell whether :func:`change_of` gives the form that training goes on from: rank and ``s`` are the start's."""
+    initial = initial_of(layer)
+    return initial is not None and lora_A.shape == initial[0].shape and float(layer.scaling[adapter_name]) == initial[2]
+
+
+def require_reached(name: str, layer: Any, adapter_name: str) -> None:
+    """Refuse a layer that has a shifted base and no adapter of that name to hold the difference."""
+    if initial_of(layer) is not None and not holds_linear(layer, adapter_name):
+        raise ValueError(
+            f"The base weight of {name} was shifted by another adapter (freeze_a=False), and {adapter_name!r} has no "
+            "adapter there that could undo it on the untouched base. Train it on a freshly loaded model."
+        )
+
+
+def change_of(layer: Any, adapter_name: str, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the change of the untouched weight by one adapter of a layer as fp32 ``A' (k, d)`` and ``B' (m, k)``."""
+    initial, scaling = initial_of(layer), float(layer.scaling[adapter_name])
+    if initial is None:
+        return stack(lora_A, lora_B, scaling, None)
+    if is_stacked(layer, adapter_name, lora_A):
+        return stack(lora_A, lora_B, scaling, initial[:2])
+    # Another adapter than the one that shifted the base: the two have nothing to cancel.
+    own, start = stack(lora_A, lora_B, scaling, None), stack(*initial, None)
+    return torch.cat([own[0], start[0].to(own[0].device)]), torch.cat([own[1], -start[1].to(own[1].device)], dim=1)
+
+
+def for_untouched_base(model: nn.Module, adapter_name: str, state_dict: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Replace an adapter's entries in ``state_dict`` by their change of the untouched base.
+
+    Args:
+        model: Holds the adapter.
+        adapter_name: Its name.
+        state_dict: Of ``model``, changed in place; entries that another process holds may be missing.
+
+    Returns:
+        The settings of a ``LoraConfig`` under which PEFT reads the entries, and whether all have the rank-``2 r`` form.
+
+    Raises:
+        ValueError: The base of a layer is shifted that the adapter does not reach.
+    """
+    changes: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
+    settings: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    stacked = True
+    for name, layer in lora_modules(model):
+        if holds_linear(layer, adapter_name):
+            lora_A, lora_B = (state_dict.get(f"{name}.{part}.{adapter_name}.weight") for part in ("lora_A", "lora_B"))
+            if lora_A is not None and lora_B is not None:
+                changes[name] = layer, change_of(layer, adapter_name, lora_A, lora_B)
+                stacked = stacked and is_stacked(layer, adapter_name, lora_A)
+            continue
+        require_reached(name, layer, adapter_name)
+        if adapter_name in layer.r:
+            rank, scaling = pattern_of(name, layer, adapter_name)
+            settings["rank_pattern"] |= rank
+            settings["alpha_pattern"] |= scaling
+    r = max((len(lora_A) for _, (lora_A, _) in changes.values()), default=1)
+    for name, (layer, change) in changes.items():
+        keys = [f"{name}.{part}.{adapter_name}.weight" for part in ("lora_A", "lora_B")]
+        for key, factor in zip(keys, pad(*change, r), strict=True):
+            state_dict[key] = factor.to(state_dict[key].dtype).contiguous()
+        bias = f"{name}.lora_B.{adapter_name}.bias"
+        if bias in state_dict:
+            state_dict[bias] = float(layer.scaling[adapter_name]) * state_dict[bias]
+    return {**settings, "r": r, "lora_alpha": r}, stacked
+
+
+def pattern_of(name: str, layer: Any, adapter_name: str) -> tuple[dict[str, int], dict[str, float]]:
+    """Return ``rank_pattern`` and ``alpha_pattern`` by which PEFT gives a layer the rank and scaling that it has."""
+    parts = [part for part in plain_name(name).removeprefix("base_model.model.").split(".") if part != "base_layer"]
+    if isinstance(layer, ParamWrapper):
+        parts.append(layer.parameter_name)
+    key, r = "^" + re.escape(".".join(parts)), layer.r[adapter_name]
+    return {key: r}, {key: float(layer.scaling[adapter_name]) * r}
+
+
+@torch.no_grad()
+def take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give factors that are loaded the form that the layer holds; a hook for ``register_load_state_dict_pre_hook``.
+
+    On a shifted base they come from :func:`for_untouched_base`. Everywhere, rows of zeros that made ranks uniform go.
+
+    Raises:
+        ValueError: They were made for the untouched base, or for another shifted one.
+    """
+    initial = initial_of(layer)
+    for name in layer.lora_A:
+        key_A, key_B, bias = (f"{prefix}{part}.{name}.{kind}" for part, kind in _ENTRIES)
+        if key_A not in state_dict or key_B not in state_dict:
+            continue
+        lora_A, lora_B = state_dict[key_A], state_dict[key_B]
+        r, rows = len(layer.lora_A[name].weight), len(lora_A)
+        # A whole model's state dict has the base too, shifted as it is.
+        if initial is not None and rows != len(initial[0]) and f"{prefix}base_layer.weight" not in state_dict:
+            lora_A, lora_B = _unshifted(f"{prefix}{name}", lora_A, lora_B, initial)
+            scaling = float(layer.scaling[name])
+            state_dict[key_A], state_dict[key_B] = pad(lora_A, lora_B * (initial[2] / scaling), r)
+            if bias in state_dict:
+                state_dict[bias] = state_dict[bias] / scaling
+        elif rows > r and not bool(lora_A[r:].any()) and not bool(lora_B[:, r:].any()):
+            state_dict[key_A], state_dict[key_B] = lora_A[:r], lora_B[:, :r]
+
+
+_ENTRIES = (("lora_A", "weight"), ("lora_B", "weight"), ("lora_B", "bias"))
+
+
+def _unshifted(
+    name: str, stacked_A: Tensor, stacked_B: Tensor, initial: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor]:
+    initial_A, initial_B = (factor.to(stacked_A.device, torch.float32) for factor in initial[:2])
+    tolerance = _TOLERANCE if stacked_A.dtype.itemsize >= 4 else _TOLERANCE_HALF
+    r = len(initial_A)
+    lora_A, change_B, *found = unstack(stacked_A.float(), stacked_B.float(), initial[2], r)
+    for got, own in zip(found, (initial_A, initial_B), strict=True):
+        if got.shape != own.shape or (got - own).norm() > tolerance * own.norm():
+            raise ValueError(
+                f"The checkpoint's adapter {name} started from other factors than this model's, so that it "
+                "belongs to another shifted base. To resume, initialise with the covariances and the LoraConfig of "
+                "that run (Covariances.save keeps them); to go on from the checkpoint alone, use "
+                "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
+            )
+    # The layer's own B0, which its base was shifted by: that of the file may be rounded.
+    return lora_A, change_B + initial_B
