@@ -6,7 +6,6 @@ Libraries are imported inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,8 +13,8 @@ import typer
 from ..quickstart.settings import Settings
 from ..system.environment import switched_on
 from ..system.version import __version__
-from . import commands
-from .options import AsJson, Device, Progress, Rank, with_flags
+from . import commands, judging
+from .options import AsJson, Device, Rank, with_flags
 
 # What a user can cause and mend. Anything else is a defect of this package and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
@@ -29,33 +28,8 @@ app = typer.Typer(
 )
 for command in (commands.calibrate, commands.init, commands.export, commands.merge):
     app.command()(with_flags(command))
-
-
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(help="Covariance file or adapter folder.", show_default=False)],
-    r: Rank = 128,
-    covariances: Annotated[
-        Path | None, typer.Option(help="With an adapter: measure how it answers to these activations.")
-    ] = None,
-    json: AsJson = False,
-    progress: Progress = True,
-) -> None:
-    """Print null energy, effective rank and condition number per layer, or what an adapter changes."""
-    from ..covariances.covariances import Covariances
-    from ..evaluation.report import adapter_report, spectrum_report
-    from .output import print_adapter, print_spectra
-
-    if path.is_dir():
-        loaded = None if covariances is None else Covariances.load(covariances)
-        print_adapter(*adapter_report(path, loaded, progress=progress), as_json=json)
-    else:
-        if covariances is not None:
-            raise ValueError(
-                f"covariances is {covariances}, but {path} is no folder; the option goes with an adapter folder."
-            )
-        loaded = Covariances.load(path)
-        print_spectra(loaded, spectrum_report(loaded, r, progress=progress), r, as_json=json)
+app.command("eval")(with_flags(judging.evaluate))
+app.command()(judging.inspect)
 
 
 @app.command()

@@ -42,11 +42,16 @@ def load_model(model: str, loading: Loading | None = None) -> tuple[Any, Any]:
         ValueError: No such model, dtype or device; or the model is a checkpoint of a run with adapters, which
             transformers would load without them.
     """
+    tokenizer = load_tokenizer(model, loading)
+    return load_weights(model, loading), tokenizer
+
+
+def load_weights(model: str, loading: Loading | None = None) -> Any:
+    """Load the model of :func:`load_model` without its tokenizer, which a tuned model's folder need not hold."""
     from transformers import AutoConfig
 
     loading = loading or Loading()
     dtype, device = parse_dtype(loading.dtype) or "auto", choose_device(loading.device)
-    tokenizer = load_tokenizer(model, loading)
     config: Any = AutoConfig.from_pretrained(model, **loading.source)
     if getattr(config, "lora_null", None):
         raise ValueError(
@@ -59,7 +64,7 @@ def load_model(model: str, loading: Loading | None = None) -> tuple[Any, Any]:
     device_map = loading.device_map or (device if quantised else None)
     placed = {} if device_map is None else {"device_map": device_map}
     loaded: Any = _class_for(config).from_pretrained(model, dtype=dtype, **placed, **loading.source)
-    return (loaded if placed else loaded.to(device)).eval(), tokenizer
+    return (loaded if placed else loaded.to(device)).eval()
 
 
 def _class_for(config: Any) -> Any:

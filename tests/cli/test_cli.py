@@ -14,7 +14,7 @@ import lora_null
 from lora_null import cli
 from lora_null.calibration.texts import read_texts, token_batches
 
-COMMANDS = ("calibrate", "init", "export", "merge", "inspect", "bench", "quickstart")
+COMMANDS = ("calibrate", "init", "export", "merge", "eval", "inspect", "bench", "quickstart")
 
 
 def logits(model):
@@ -49,6 +49,7 @@ class TestHelp:
             "calibrate": [lora_null.calibrate, token_batches, read_texts],
             "init": [lora_null.initialize],
             "export": [export_adapter],
+            "evaluate": [lora_null.evaluate],
             "inspect": [adapter_report, spectrum_report],
             "quickstart": [Settings],
         }
@@ -56,7 +57,7 @@ class TestHelp:
         for name, functions in behind.items():
             (command,) = [c.callback for c in cli.app.registered_commands if c.callback.__name__ == name]
             known = fields | common | {p for f in functions for p in inspect.signature(f).parameters}
-            assert set(inspect.signature(command).parameters) <= known | {"path", "covariances"}, name
+            assert set(inspect.signature(command).parameters) <= known | {"path", "covariances", "adapters"}, name
 
     def test_version_and_no_heavy_import(self):
         code = (

@@ -1,0 +1,84 @@
+"""The commands that judge: eval, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..models.settings import Loading
+from .options import AsJson, Model, Progress, Rank, Seed, parse_names
+
+
+def evaluate(
+    model: Model,
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Adapters, or merged or fully tuned models.", show_default=False)
+    ],
+    keep: Annotated[Path | None, typer.Option(help="Text that should not be forgotten.")] = None,
+    task: Annotated[Path | None, typer.Option(help="Text of the task.")] = None,
+    questions: Annotated[Path | None, typer.Option(help=".jsonl: question, choices, answer, perhaps kind.")] = None,
+    lm_eval_tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness, with commas.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Longer documents are read in windows.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 16,
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap behind the intervals.")] = 2000,
+    *,
+    loading: Loading,
+    seed: Seed = 0,
+    json: AsJson = False,
+    progress: Progress = True,
+) -> None:
+    """Measure tuned models beside the pre-trained one: what was kept, what was learned."""
+    from ..evaluation import evaluate as run
+    from ..evaluation.documents import read_documents
+    from ..evaluation.questions import read_questions
+    from ..evaluation.tuned import load_tuned
+    from .output import print_evaluations
+
+    # Files are read before any model is loaded: a mistake in them shows at once.
+    texts = {name: read_documents(name, path) for name, path in (("keep", keep), ("task", task)) if path is not None}
+    asked = None if questions is None else read_questions(questions)
+    found = {}
+    for path in adapters:
+        tuned, base, tokenizer = load_tuned(model, path, loading)
+        found[str(path)] = run(
+            tuned,
+            tokenizer,
+            **texts,
+            questions=asked,
+            lm_eval_tasks=parse_names(lm_eval_tasks) or (),
+            base=base,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            resamples=resamples,
+            seed=seed,
+            progress=progress,
+        )
+    print_evaluations(model, found, as_json=json)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Covariance file or adapter folder.", show_default=False)],
+    r: Rank = 128,
+    covariances: Annotated[
+        Path | None, typer.Option(help="With an adapter: measure how it answers to these activations.")
+    ] = None,
+    json: AsJson = False,
+    progress: Progress = True,
+) -> None:
+    """Print null energy, effective rank and condition number per layer, or what an adapter changes."""
+    from ..covariances.covariances import Covariances
+    from ..evaluation.report import adapter_report, spectrum_report
+    from .output import print_adapter, print_spectra
+
+    if path.is_dir():
+        loaded = None if covariances is None else Covariances.load(covariances)
+        print_adapter(*adapter_report(path, loaded, progress=progress), as_json=json)
+    else:
+        if covariances is not None:
+            raise ValueError(
+                f"covariances is {covariances}, but {path} is no folder; the option goes with an adapter folder."
+            )
+        loaded = Covariances.load(path)
+        print_spectra(loaded, spectrum_report(loaded, r, progress=progress), r, as_json=json)
