@@ -8,6 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 ALL_LINEAR = "all-linear"
+# What is trained, and whether lora_A is frozen then.
+TRAIN = {"b": True, "b_in_basis": False, "ab": False}
+BASIS_DTYPES = ("float32", "bfloat16", "float64")
+# Retention and learning are best from 0.95 on (arXiv 2609.25618, table of ablations), where a third of the directions
+# is free.
+_ENERGY = 0.99
 
 
 def _is_number(value) -> bool:
@@ -46,10 +52,8 @@ class LoraNullConfig:
             scaling of 1.
         target_modules: ``"all-linear"`` (every linear layer except the output head), a regular expression
             that must match the whole module name, or a list of name suffixes, as in PEFT.
-        freeze_a: Train only ``lora_B`` and leave the base weights untouched. The update then stays inside
-            the null space whatever the optimiser does, and the adapter is an ordinary one of rank ``r``.
-            ``False`` trains both factors on a shifted base: more capacity, no such guarantee, and an export
-            of rank ``2 r``.
+        freeze_a: A short word for two values of ``train``: ``True`` for ``"b"``, ``False`` for ``"ab"``. Afterwards it
+            says whether ``lora_A`` is frozen.
         lora_dropout: Dropout on the adapter's input while training, in ``[0, 1)``.
         seed: Seed of every randomised step of the initialisation.
         exclude_modules: Layers that get no adapter although ``target_modules`` selects them: a regular expression
@@ -62,13 +66,22 @@ class LoraNullConfig:
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
         modules_to_save: Suffixes of modules that train as they are, such as a new classification head; they get no
             adapters, and go into the adapter's file whole.
+        train: What learns. ``"b"``, the default: ``lora_B``. ``"b_in_basis"``: ``lora_B`` and ``lora_A``, whose rows
+            stay in the free directions (Null-Basis LoRA, arXiv 2609.25618): ``A = C N^T`` with ``C`` trained. With both
+            the base weights are untouched, the update leaves alone what is protected whatever the optimiser does, and
+            the adapter is an ordinary one of rank ``r``. ``"ab"`` trains both factors freely on a shifted base: no such
+            guarantee, and an export of rank ``2 r``.
+        energy: Share of the activations' energy to protect, in ``[0, 1)``: the directions beyond it are free, a number
+            that differs between layers. ``None``: 0.99 for ``"b_in_basis"``, else the ``r`` least used directions.
+        basis_dtype: Of the free directions in memory: ``"float32"``, ``"float64"``, or ``"bfloat16"`` for half the
+            memory and about ``2^-9`` of A's length in the protected directions.
     """
 
     r: int = helped("Rank of the adapters.", 128)
     lora_alpha: float | None = helped("Scaling is lora_alpha / r; default: r.", None)
     target_modules: str | Sequence[str] = helped("all-linear, a regular expression or name suffixes.", ALL_LINEAR)
-    freeze_a: bool = helped("Train lora_B only, on the untouched base.", True)
-    lora_dropout: float = helped("Dropout on the adapter's input.", 0.0)
+    freeze_a: bool | None = helped("Short for --train b, and for --train ab.", None)
+    lora_dropout: float = helped("Dropout on the input.", 0.0)
     seed: int = helped("Seed of every randomised step.", 0)
     exclude_modules: str | Sequence[str] | None = helped("Layers left out, written likewise.", None)
     layers_to_transform: int | Sequence[int] | None = helped("Numbers of the layers, with commas.", None)
@@ -78,6 +91,9 @@ class LoraNullConfig:
     alpha_pattern: Mapping[str, float] | None = helped("NAME=ALPHA likewise.", None, hash=False)
     use_rslora: bool = helped("Scale by lora_alpha / sqrt(r).", False)
     modules_to_save: Sequence[str] | None = helped("Modules that train whole, such as a head.", None)
+    train: str | None = helped("b (default), b_in_basis or ab: what learns.", None)
+    energy: float | None = helped("Share to protect; b_in_basis: 0.99.", None)
+    basis_dtype: str = helped("Of the free directions: float32, bfloat16, float64.", "float32")
 
     def __post_init__(self):
         if not _is_rank(self.r):
@@ -88,9 +104,9 @@ class LoraNullConfig:
             )
         if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; expected a probability in [0, 1).")
-        for name in ("freeze_a", "use_rslora"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False.")
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora is {self.use_rslora!r}; expected True or False.")
+        self._check_training()
         if not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}; expected an integer.")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
@@ -102,6 +118,26 @@ class LoraNullConfig:
         self._check_choices()
         self._check_pattern("rank_pattern", _is_rank, "ranks, positive integers")
         self._check_pattern("alpha_pattern", _is_alpha, "positive numbers")
+
+    def _check_training(self) -> None:
+        """Bring ``train`` and ``freeze_a`` to one answer, and ``energy`` to its default."""
+        if not isinstance(self.freeze_a, bool | None):
+            raise ValueError(f"freeze_a is {self.freeze_a!r}; expected True, False or None.")
+        if self.train not in (None, *TRAIN):
+            raise ValueError(f"train is {self.train!r}; expected one of {', '.join(TRAIN)}.")
+        train = self.train or ("ab" if self.freeze_a is False else "b")
+        if self.freeze_a not in (None, TRAIN[train]):
+            raise ValueError(
+                f"freeze_a is {self.freeze_a!r} beside train={train!r}, which means {TRAIN[train]}; expected one of "
+                "the two. Give train, and freeze_a=None where a configuration is changed by dataclasses.replace."
+            )
+        energy = _ENERGY if self.energy is None and train == "b_in_basis" else self.energy
+        if energy is not None and not (_is_number(energy) and 0 <= energy < 1):
+            raise ValueError(f"energy is {energy!r}; expected a share in [0, 1), for instance energy=0.99, or None.")
+        if self.basis_dtype not in BASIS_DTYPES:
+            raise ValueError(f"basis_dtype is {self.basis_dtype!r}; expected one of {', '.join(BASIS_DTYPES)}.")
+        for name, value in (("train", train), ("freeze_a", TRAIN[train]), ("energy", energy)):
+            object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
         """Bring what narrows the choice of layers into one form: a regular expression, a tuple, or ``None``."""

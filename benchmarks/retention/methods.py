@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,27 @@ def corda(model: Any, start: Start) -> nn.Module:
 
 def lora_null_frozen(model: Any, start: Start) -> nn.Module:
     """LoRA-Null with A frozen, our default."""
-    return _ours(model, start, freeze_a=True)
+    return _ours(model, start)
 
 
 def lora_null_trained(model: Any, start: Start) -> nn.Module:
     """LoRA-Null with A and B trained."""
-    return _ours(model, start, freeze_a=False)
+    return _ours(model, start, train="ab")
+
+
+def lora_null_task(model: Any, start: Start) -> nn.Module:
+    """A frozen in the directions that the task uses most, of those beyond 99 % of the energy."""
+    return _ours(model, start, task=_task(model, start), energy=0.99)
+
+
+def null_basis(model: Any, start: Start, energy: float = 0.99) -> nn.Module:
+    """Null-Basis LoRA (arXiv 2609.25618): A and B learn, A within the directions beyond a share of the energy."""
+    return _ours(model, start, train="b_in_basis", energy=energy)
+
+
+def null_basis_task(model: Any, start: Start) -> nn.Module:
+    """The same from the directions that the task uses most."""
+    return _ours(model, start, task=_task(model, start), train="b_in_basis", energy=0.99)
 
 
 METHODS: dict[str, Method] = {
@@ -163,6 +179,10 @@ METHODS: dict[str, Method] = {
     "LoRA-Null": Method(lora_null_frozen, (1e-3, 3e-3, 1e-2)),
     "LoRA-Null, A trained": Method(lora_null_trained, GENTLE),
     "CorDA": Method(corda, GENTLE),
+    "Null-Basis, 99 %": Method(null_basis),
+    "Null-Basis, 99.9 %": Method(partial(null_basis, energy=0.999)),
+    "Null-Basis, task-aware": Method(null_basis_task),
+    "LoRA-Null, task-aware": Method(lora_null_task, (1e-3, 3e-3, 1e-2)),
     "LoRA, random A frozen": Method(lora_random_a_frozen, (1e-3, 3e-3, 1e-2)),
     "full": Method(full, (1e-5, 3e-5, 1e-4)),
     "MiLoRA": Method(milora, GENTLE),
@@ -174,7 +194,7 @@ METHODS: dict[str, Method] = {
     "MiCA": Method(mica),
 }
 # Those that the question is about; every seed of theirs is run before any other method.
-CONTENDERS = tuple(METHODS)[:5]
+CONTENDERS = tuple(METHODS)[:9]
 
 
 def _config(start: Start, **options: Any) -> Any:
@@ -192,6 +212,11 @@ def _peft(model: Any, start: Start, **options: Any) -> nn.Module:
     return get_peft_model(model, _config(start, **options))
 
 
-def _ours(model: Any, start: Start, **options: Any) -> nn.Module:
+def _ours(model: Any, start: Start, *, task: lora_null.Covariances | None = None, **options: Any) -> nn.Module:
     config = lora_null.LoraNullConfig(r=start.r, seed=start.seed, **options)
-    return lora_null.initialize(model, start.covariances, config, progress=False)
+    return lora_null.initialize(model, start.covariances, config, task=task, progress=False)
+
+
+def _task(model: Any, start: Start) -> lora_null.Covariances:
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in start.task_batches]
+    return lora_null.calibrate(model, batches, lora_null.LoraNullConfig(r=start.r), progress=False)

@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..ops.reference import full_precision
 from ..solver.null_basis import NullBasis
 
-# A start may lie outside the free directions by this part: the filtered solver's basis is right in energy, and may mix
-# in a little of what lies next to the edge. A factor of another layer is outside by about (d - k) / d.
-_MAX_OUTSIDE = 0.1
+# A factor may lie outside the free directions by this part of its length: a few roundings of bf16. One of another layer
+# or of other covariances is outside by about (d - k) / d.
+_MAX_OUTSIDE = 2.0**-6
 
 
 class FreeDirections:
@@ -85,7 +85,9 @@ class BasisFactor(nn.Module):
     ``dC = dA N``, in fp32 or wider. ``requires_grad`` of ``weight`` is that of the coefficients. Compiled, and under
     torch.func, A is made by plain operations at every call.
 
-    The state dict has ``coefficients`` alone: the directions come from the covariances, or are known to the caller.
+    The state dict has A as ``weight`` beside the ``coefficients``: what reads a factor needs no directions, and where
+    those were solved again with other signs, or turned within a cluster of eigenvalues, it is A that counts. A alone is
+    enough to load. Where the coefficients are sharded, ``weight`` and the state dict take all processes.
 
     Attributes:
         coefficients: What is trained, in the dtype of the start.
@@ -118,11 +120,17 @@ class BasisFactor(nn.Module):
     def weight(self) -> Tensor:
         """``A (r, d)``, with a gradient to the coefficients where they are trained and gradients are on."""
         C = self.coefficients
+        if hasattr(C, "full_tensor"):
+            return self._of_shards(C)
         # torch.func and DataParallel put tensors of the moment in the parameter's place.
         if torch.compiler.is_compiling() or not isinstance(C, nn.Parameter):
             return self.directions.expand(C)
         A = self._current(C)
         return _Expanded.apply(C, A, self.directions) if C.requires_grad and torch.is_grad_enabled() else A
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x (..., d)`` to ``x A^T (..., r)``, as the linear layer that PEFT has here."""
+        return nn.functional.linear(x, self.weight)
 
     def extra_repr(self) -> str:
         """Show the sizes."""
@@ -143,14 +151,56 @@ class BasisFactor(nn.Module):
                 "they solved from another layer's covariance?"
             )
         found = self.directions.coordinates(A.detach())
-        outside = float((A.detach() - self.directions.expand(found)).norm() / A.detach().norm())
-        if not outside <= _MAX_OUTSIDE:
+        outside, length = float((A.detach() - self.directions.expand(found)).norm()), float(A.detach().norm())
+        if not outside <= _MAX_OUTSIDE * length:
             raise ValueError(
-                f"The factor lies outside the {self.directions.k} free directions by {outside:.2g} of its length; "
-                f"expected at most {_MAX_OUTSIDE}. Is it of another model, from other covariances or with more "
-                "directions free? Use those it was made with, or train it freely (freeze_a=False)."
+                f"The factor lies outside the {self.directions.k} free directions by {outside / length:.2g} of its "
+                f"length; expected at most {_MAX_OUTSIDE:.2g}. Is it of another model, from other covariances or "
+                "with more directions free? Use those it was made with, or train it freely (train='ab')."
             )
         return found
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # FSDP1 and ZeRO-3 leave a flat part of the coefficients here, of which nothing can be made.
+        if self.coefficients.dim() == 2:
+            destination[prefix + "weight"] = self.weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        kept = dict(state_dict)
+        A, C = kept.pop(prefix + "weight", None), kept.get(prefix + "coefficients")
+        if A is not None and not hasattr(self.coefficients, "full_tensor"):
+            try:
+                if C is None or not self._makes(C, A):
+                    kept[prefix + "coefficients"] = self._coordinates(A)
+            except ValueError as error:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+                return
+        rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(kept, prefix, *rest)
+
+    @torch.no_grad()
+    def _makes(self, C: Tensor, A: Tensor) -> bool:
+        if C.shape != self.coefficients.shape or C.dtype != A.dtype:
+            return False
+        off = (self.directions.expand(C) - A).norm()
+        return bool(off <= min(16 * torch.finfo(A.dtype).eps, _MAX_OUTSIDE) * A.norm())
+
+    @torch.no_grad()
+    def _of_shards(self, C: Any) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        A = self.directions.expand(C.full_tensor())
+        return DTensor.from_local(A, C.device_mesh, [Replicate()] * C.device_mesh.ndim, run_check=False)
 
     def _current(self, C: Tensor) -> Tensor:
         state: tuple = (C.device, C.dtype, C.shape)
@@ -165,6 +215,14 @@ class BasisFactor(nn.Module):
                 values = C.detach().clone() if compared else None
                 self._made = made = _Made(state, values, self.directions.expand(C.detach()))
         return made.A
+
+
+def factor_within(name: str, start: Tensor, directions: FreeDirections) -> BasisFactor:
+    """Make a :class:`BasisFactor`, with the name of the layer in its errors."""
+    try:
+        return BasisFactor(start, directions)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class _Expanded(torch.autograd.Function):

@@ -91,7 +91,7 @@ def _read_parts(folder: Path) -> tuple[set[str], dict[str, dict[str, Tensor]]]:
         module, _, part = key.removesuffix(".weight").rpartition(".")
         if part in _PARTS and key.endswith(".weight"):
             tensors.setdefault(module, {})[part] = read()
-        else:
+        elif not key.endswith(".lora_A.coefficients"):  # of which lora_A.weight is made
             names.add(key)
     if not tensors:
         raise ValueError(

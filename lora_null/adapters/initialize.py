@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..covariances.covariances import Covariances
@@ -17,11 +17,12 @@ from ..models.targets import CLASSIFIERS, Survey, survey
 from ..models.wrappers import uncompiled
 from ..system.distributed import announcing_failure
 from ..system.log import logger
+from .basis import BasisFactor
 from .delta import require_shift
 from .extras import inside, keys_of, require_modules, tensors_of
 from .layer import LoraNullLinear, attach_adapter, refuse_adapted, require_adaptable
 from .sharing import share_projections
-from .start import start_factors
+from .start import Start, start_factors
 from .state import AdapterState, set_state
 
 
@@ -32,6 +33,7 @@ def initialize(
     covariances: Covariances,
     config: LoraNullConfig | None = None,
     *,
+    task: Covariances | None = None,
     method: str = "auto",
     adapter_dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -39,9 +41,10 @@ def initialize(
     """Patch the linear modules of ``model`` in place with adapters in their null spaces.
 
     For each layer with weight ``W (m, d)`` and the basis ``U (d, r)`` of the ``r`` least used input directions,
-    ``B0 A0`` is the thin factorisation of ``W U U^T``. With ``config.freeze_a`` the base is untouched, ``A = A0``
-    is frozen and ``B`` starts at zero: the model's outputs are bit-identical to the base model's. Otherwise both
-    factors start at ``(A0, B0)`` on the base ``W - s B0 A0``, and outputs agree to rounding of the base's dtype.
+    ``B0 A0`` is the thin factorisation of ``W U U^T``. With ``train="b"`` and ``"b_in_basis"`` the base is untouched,
+    ``A`` starts at ``A0``, frozen or learning within the free directions, and ``B`` at zero: the model's outputs are
+    bit-identical to the base model's. With ``"ab"`` both factors start at ``(A0, B0)`` on the base ``W - s B0 A0``, and
+    outputs agree to rounding of the base's dtype.
 
     Everything but the adapters and ``config.modules_to_save`` stops requiring gradients. Nothing is changed when an
     error is raised.
@@ -55,6 +58,8 @@ def initialize(
         covariances: From :func:`lora_null.calibrate` on the same model.
         config: Rank, scaling, mode and layers; the default is ``LoraNullConfig()``. With ``"all-linear"``, layers that
             calibration never called get no adapter.
+        task: From :func:`lora_null.calibrate` on the same model and the task's own text. ``U`` is then what the task
+            uses most: among the directions beyond ``config.energy``, or, without one, weighed against their energy.
         method: Passed to :func:`lora_null.null_space`.
         adapter_dtype: Of the trained factors. fp32 factors on a bf16 base are PEFT's default and train best.
         progress: Show a progress bar.
@@ -64,7 +69,8 @@ def initialize(
 
     Raises:
         ValueError: The covariances do not cover or do not fit the model, the rank is too large, or the model
-            carries adapters already or is sharded already.
+            carries adapters already or is sharded already; ``config.energy`` leaves fewer directions free than a
+            layer's rank, or none that the task uses.
     """
     require_floating(adapter_dtype, "adapter_dtype")
     wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
@@ -77,21 +83,21 @@ def initialize(
         layers.linears,
         {name: config.rank_of(name) for name in targets},
         covariances,
-        freeze_a=config.freeze_a,
+        config,
+        task=task,
         method=method,
-        seed=config.seed,
         dtype=adapter_dtype,
         progress=progress,
     )
-    if not config.freeze_a:
+    if config.train == "ab":
         for name, target in targets.items():
             require_shift(name, target.linear, *start.factors[name], -config.scaling_of(name))
     # The model changes from here on, and nothing below can fail on the user's input.
     model.requires_grad_(False)
     for name, target in targets.items():
-        _attach(name, target.linear, *start.factors.pop(name), config)
+        _attach(name, target.linear, start, config)
     share_projections(model)
-    if not config.freeze_a:
+    if config.train == "ab":
         logger.warning(
             "The base weights were shifted by the initial adapters (freeze_a=False): save_pretrained() would store the "
             "shifted base. Use lora_null.save_adapter, or lora_null.merge first."
@@ -100,17 +106,21 @@ def initialize(
         if isinstance(tensor, nn.Parameter) and inside(name, trained):
             tensor.requires_grad_(True)
     _say_frozen(layers, trained)
-    state = AdapterState(config, start.base_fingerprint, start.energies)
+    state = AdapterState(config, start.base_fingerprint, start.energies, free=start.free)
     originals = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items() if inside(name, trained)}
     set_state(model, replace(state, before=keys_of(model), originals=originals))
     return wrapper
 
 
-def _attach(name: str, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig) -> LoraNullLinear:
+def _attach(name: str, linear: nn.Linear, start: Start, config: LoraNullConfig) -> LoraNullLinear:
+    lora_A, lora_B = start.factors.pop(name)
     options: dict[str, Any] = {"scaling": config.scaling_of(name), "lora_dropout": config.lora_dropout}
-    if config.freeze_a:
-        return attach_adapter(linear, lora_A, torch.zeros_like(lora_B), **options)
-    return attach_adapter(linear, lora_A, lora_B, train_a=True, initial=(lora_A.clone(), lora_B.clone()), **options)
+    if config.train == "ab":
+        return attach_adapter(linear, lora_A, lora_B, train_a=True, initial=(lora_A.clone(), lora_B.clone()), **options)
+    free = start.directions.get(name)
+    return attach_adapter(
+        linear, lora_A if free is None else BasisFactor(lora_A, free), torch.zeros_like(lora_B), **options
+    )
 
 
 def _called(targets: dict[str, Target], covariances: Covariances, config: LoraNullConfig) -> dict[str, Target]:

@@ -14,6 +14,7 @@ from .. import ops
 from ..models.quantised import allow_gradients, is_dense
 from ..models.refusals import Target
 from ..models.wrappers import STATE
+from .basis import BasisFactor
 from .delta import shift_base, stack
 from .projection import ProjectionGroup
 
@@ -43,7 +44,8 @@ class LoraNullLinear(nn.Linear):
     ``low_rank_delta`` is measured from them.
 
     Attributes:
-        lora_A: Down-projection factor; its ``weight`` is ``(r, d)``.
+        lora_A: Down-projection factor; its ``weight`` is ``(r, d)``, and no parameter where A learns within the free
+            directions.
         lora_B: Up-projection factor; its ``weight`` is ``(m, r)``.
         initial_A: ``A0`` where the base is shifted, else ``None``.
         initial_B: ``B0`` where the base is shifted, else ``None``.
@@ -54,7 +56,7 @@ class LoraNullLinear(nn.Linear):
             :func:`lora_null.adapters.sharing.share_projections`.
     """
 
-    lora_A: LowRankFactor
+    lora_A: LowRankFactor | BasisFactor
     lora_B: LowRankFactor
     initial_A: LowRankFactor | None
     initial_B: LowRankFactor | None
@@ -167,7 +169,7 @@ def _set_class(layer: Any, new: Any) -> None:
 
 def attach_adapter(
     linear: nn.Linear,
-    lora_A: Tensor,  # (r, d)
+    lora_A: Tensor | BasisFactor,  # (r, d)
     lora_B: Tensor,  # (m, r)
     *,
     scaling: float = 1.0,
@@ -184,10 +186,10 @@ def attach_adapter(
             "The layer carries a lora_null adapter already. Merge it first (lora_null.merge), or start from a "
             "freshly loaded model."
         )
-    expected = (lora_A.shape[0], linear.in_features), (linear.out_features, lora_A.shape[0])
-    if (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
+    shape = (lora_A if isinstance(lora_A, Tensor) else lora_A.weight).shape
+    if (tuple(shape), tuple(lora_B.shape)) != ((shape[0], linear.in_features), (linear.out_features, shape[0])):
         raise ValueError(
-            f"Factors of shape {tuple(lora_A.shape)} and {tuple(lora_B.shape)} do not fit a linear layer of "
+            f"Factors of shape {tuple(shape)} and {tuple(lora_B.shape)} do not fit a linear layer of "
             f"{linear.in_features} inputs and {linear.out_features} outputs: expected (r, d) and (m, r)."
         )
     for parameter in linear.parameters():
@@ -197,7 +199,7 @@ def attach_adapter(
         shift_base(linear, *initial, -scaling)
     _set_class(linear, _patched_class(type(linear)))
     layer = cast(LoraNullLinear, linear)
-    layer.lora_A = LowRankFactor(lora_A, trainable=train_a)
+    layer.lora_A = LowRankFactor(lora_A, trainable=train_a) if isinstance(lora_A, Tensor) else lora_A
     layer.lora_B = LowRankFactor(lora_B, trainable=True)
     layer.initial_A = None if initial is None else LowRankFactor(initial[0], trainable=False)
     layer.initial_B = None if initial is None else LowRankFactor(initial[1], trainable=False)

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraNullConfig
+from ..covariances.covariances import Covariances
 from ..models.identity import fingerprint
 from ..models.refusals import Target, require_finite, require_floating
 from ..models.targets import survey
 from ..models.weights import home_of
 from ..models.wrappers import uncompiled
+from .basis import BasisFactor, FreeDirections, factor_within
 from .delta import require_shift, unstack
 from .extras import is_trained, keys_of, place_extras, tensors_of
 from .files import Adapter
 from .layer import attach_adapter, refuse_adapted, require_adaptable
 from .sharing import share_projections
+from .start import directions_of
 from .state import OWN_CONFIG, AdapterState, set_state
 
 
@@ -30,6 +33,7 @@ def load_adapter(
     path: str | os.PathLike,
     *,
     is_trainable: bool = False,
+    covariances: Covariances | None = None,
     adapter_dtype: torch.dtype = torch.float32,
     verify_base: bool = True,
 ) -> nn.Module:
@@ -40,6 +44,8 @@ def load_adapter(
         path: An adapter folder.
         is_trainable: Go on training, in the mode that the adapter was trained in: with A frozen again, or on
             the base shifted as before. The default freezes everything.
+        covariances: Of the run; needed to go on training where A learns within the free directions (``b_in_basis``),
+            which are solved for again.
         adapter_dtype: Of the factors in memory.
         verify_base: Compare the base weights with the fingerprint saved with the adapter.
 
@@ -48,7 +54,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: ``path`` is not an adapter folder.
-        ValueError: A file is damaged or foreign, or the adapter belongs to another model.
+        ValueError: A file is damaged or foreign, or the adapter belongs to another model, or not to the
+            covariances.
     """
     require_floating(adapter_dtype, "adapter_dtype")
     wrapper, base_model, folder = base_model, uncompiled(base_model), Path(path)
@@ -82,7 +89,12 @@ def load_adapter(
     extras = adapter.extras
     placed = place_extras(base_model, extras, targets, str(folder))
     trained = {name for name in placed if is_trainable and is_trained(name, extras, base_model)}
-    made: dict[str, tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]] = {}
+    directions: dict[str, FreeDirections] = {}
+    if is_trainable and config.train == "b_in_basis":
+        require_covariances(folder, covariances)
+        assert covariances is not None
+        directions = directions_of(survey(base_model).linears, ranks, covariances, config)
+    made: dict[str, tuple[Tensor | BasisFactor, Tensor, tuple[Tensor, Tensor] | None]] = {}
     for name, target in targets.items():
         home, r, wide = home_of(target.linear), ranks[name], torch.promote_types(adapter_dtype, torch.float32)
         lora_A, lora_B = (factor.to(home, wide) for factor in factors[name])
@@ -105,23 +117,22 @@ def load_adapter(
         if initial is not None:
             require_finite(f"{folder}: the start of {name}", *initial, advice)
             require_shift(name, target.linear, *initial, -scaling)
-        made[name] = lora_A, lora_B, initial
+        made[name] = factor_within(name, lora_A, directions[name]) if directions else lora_A, lora_B, initial
     # The model changes from here on, and nothing below can fail on the user's input.
     base_model.requires_grad_(False)
     for name, target in targets.items():
-        lora_A, lora_B, initial = made.pop(name)
+        factor, lora_B, initial = made.pop(name)
         layer = attach_adapter(
             target.linear,
-            lora_A,
+            factor,
             lora_B,
             scaling=config.scaling_of(name),
-            train_a=shifted or (is_trainable and not config.freeze_a),
+            train_a=shifted or (is_trainable and config.train == "ab"),
             lora_dropout=config.lora_dropout,
             initial=initial,
         )
         layer.lora_B.requires_grad_(is_trainable)
     share_projections(base_model)
-    energies = state.energies if state else {}
     before, tensors = keys_of(base_model), tensors_of(base_model)
     originals = {name: tensors[name].detach().clone() for name in placed}
     with torch.no_grad():
@@ -130,9 +141,22 @@ def load_adapter(
     for name in trained:
         if isinstance(tensors[name], nn.Parameter):
             tensors[name].requires_grad_(True)
-    state = AdapterState(config, base, energies, stacked and not shifted, before=before, originals=originals)
+    began = (state.energies, state.free) if state else ({}, {})
+    state = AdapterState(
+        config, base, began[0], stacked and not shifted, free=began[1], before=before, originals=originals
+    )
     set_state(base_model, state)
     return wrapper
+
+
+def require_covariances(folder: Path, covariances: Covariances | None) -> None:
+    """Refuse to go on without the covariances that say which directions are free."""
+    if covariances is None:
+        raise ValueError(
+            f"{folder} was trained within the free directions of covariances (train='b_in_basis'), and without these "
+            "it is not known which they are. Pass covariances=Covariances.load(...), those of the run, or load it with "
+            "is_trainable=False."
+        )
 
 
 def _rank(name: str, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig, stacked: bool) -> int:

@@ -109,7 +109,8 @@ def _as_found(
     return replace(
         config,
         lora_dropout=dropouts.pop(),
-        freeze_a=config.freeze_a and not trained_A,
+        train="ab" if config.train == "b" and trained_A else config.train,
+        freeze_a=None,
         rank_pattern={**ranks, **(config.rank_pattern or {})},
         alpha_pattern={**alphas, **(config.alpha_pattern or {})},
     )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.identity import fingerprint
 from ..models.refusals import Target
 from ..solver.factorize import factors_of
+from ..solver.null_basis import null_basis, sufficient_energy
 from ..solver.null_space import NullSpace
 from ..solver.null_spaces import null_spaces
 from ..system.distributed import announcing_failure, divide, gather
 from ..system.log import logger
+from .basis import FreeDirections
 
 
 @dataclass(frozen=True)
@@ -26,57 +30,69 @@ class Start:
     Attributes:
         factors: Layer name to ``A0 (r, d)`` and ``B0 (m, r)``, ``B0 A0 = W U U^T``.
         base_fingerprint: Of the adapted layers' weights; ``None`` where they are quantised.
-        energies: By sharing group, the share ``tr(U^T C U) / tr(C)`` of the activations' energy that ``U`` sees.
+        energies: By sharing group, the share ``tr(U^T C U) / tr(C)`` of the activations' energy that the adapters can
+            see: ``U`` their r directions, or all that are free where A learns within them.
+        free: By sharing group, how many directions are free; empty without an ``energy``.
+        directions: Layer name to the free directions, one object for a group; empty unless A learns within them.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     base_fingerprint: str | None
     energies: dict[str, float]
+    free: dict[str, int] = field(default_factory=dict)
+    directions: dict[str, FreeDirections] = field(default_factory=dict)
 
 
 def start_factors(
     linears: Mapping[str, Target],
     ranks: Mapping[str, int],
     covariances: Covariances,
+    config: LoraNullConfig,
     *,
-    freeze_a: bool,
+    task: Covariances | None = None,
     aliases: tuple[str, ...] = ("{}",),
     method: str = "auto",
-    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> Start:
     """Solve for the null spaces and factorise; nothing is changed, and what can be refused is refused before the work.
 
-    Processes of a ``torch.distributed`` group divide the solves, and all get the same factors.
+    Here it is decided which directions an adapter reads: the ``r`` least used; with a task those that it uses most,
+    among all beyond ``config.energy`` or, without one, weighed against their energy. Processes of a
+    ``torch.distributed`` group divide the solves, and all get the same factors.
 
     Args:
         linears: All linear layers of the model, by name.
         ranks: The rank of those that get an adapter, by name.
         covariances: Of the model.
-        freeze_a: Whether the base weights stay as they are; otherwise they must be writable.
-        aliases: Forms in which ``covariances`` may hold a name.
+        config: What is trained, the energy and the seed. Where the base is shifted, it must be writable.
+        task: Of the model on the task's text.
+        aliases: Forms in which covariances may hold a name.
         method: Passed to :func:`lora_null.null_space`.
-        seed: Seed of the solver.
         dtype: Of the factors.
         progress: Show progress bars.
 
     Raises:
         ValueError: The covariances do not cover or do not fit the layers, a rank is too large, a weight is not finite,
-            or cannot be shifted.
+            or cannot be shifted; an energy leaves fewer directions free than a layer's rank.
     """
     with announcing_failure():
-        _warn_of_other_weights(linears, covariances, aliases)
-        keys = _groups(ranks, covariances, aliases)
+        keys = _checked_groups(linears, ranks, covariances, aliases)
         for name, r in ranks.items():
-            linears[name].require_width(covariances.size(keys[name]))
             linears[name].require_rank(r)
-            if not freeze_a:
+            if config.train == "ab":
                 linears[name].require_writable("freeze_a=False")
+        options: dict[str, Any] = {"method": method, "seed": config.seed}
+        if task is not None:
+            own = _checked_groups(linears, ranks, task, aliases, "task covariances")
+            options["task"] = _Renamed(task, {keys[name]: key for name, key in own.items()})
+    free, directions, shares = _free(covariances, ranks, keys, config, progress)
+    if task is not None or directions:
+        options["energy"] = config.energy
     wanted: dict[str, int] = {}
     for name, r in ranks.items():
         wanted[keys[name]] = max(wanted.get(keys[name], 0), r)
-    spaces, energies = _solve(covariances, wanted, method=method, seed=seed, progress=progress)
+    spaces, energies = _solve(covariances, wanted, options, progress=progress)
     base_fingerprint = fingerprint({name: linears[name].linear for name in ranks})
     factors = {}
     for name, r in tqdm(ranks.items(), "factorise", unit="layer", disable=not progress):
@@ -90,16 +106,108 @@ def start_factors(
             len(idle),
             idle[0],
         )
-    return Start(factors, base_fingerprint, energies)
+    return Start(factors, base_fingerprint, shares if directions else energies, free, directions)
 
 
-def _groups(names: Mapping[str, int], covariances: Covariances, aliases: tuple[str, ...]) -> dict[str, str]:
+def directions_of(
+    linears: Mapping[str, Target],
+    ranks: Mapping[str, int],
+    covariances: Covariances,
+    config: LoraNullConfig,
+    *,
+    aliases: tuple[str, ...] = ("{}",),
+    progress: bool = True,
+) -> dict[str, FreeDirections]:
+    """Solve for the free directions alone, in which a saved adapter goes on learning; errors as above."""
+    with announcing_failure():
+        keys = _checked_groups(linears, ranks, covariances, aliases)
+    return _free(covariances, ranks, keys, config, progress)[1]
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Covariances by the keys of others."""
+
+    def __init__(self, covariances: Covariances, names: Mapping[str, str]):
+        self._covariances, self._names = covariances, names
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._covariances[self._names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _free(
+    covariances: Covariances,
+    ranks: Mapping[str, int],
+    keys: Mapping[str, str],
+    config: LoraNullConfig,
+    progress: bool,
+) -> tuple[dict[str, int], dict[str, FreeDirections], dict[str, float]]:
+    """Return the number of free directions and their share of the energy by group, and by layer the directions."""
+    if config.energy is None:
+        return {}, {}, {}
+    keeps, least = config.train == "b_in_basis", {keys[name]: r for name, r in sorted(ranks.items(), key=_rank)}
+    found: dict[str, tuple[int, float, float, FreeDirections | None]] = {}
+    with announcing_failure():
+        mine = divide({key: covariances.size(key) ** 3 for key in least})
+        for key in tqdm(mine, "free directions", unit="matrix", disable=not progress):
+            try:
+                free = null_basis(covariances[key], config.energy)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+            held = FreeDirections(free, dtype=getattr(torch, config.basis_dtype)) if keeps else None
+            enough = sufficient_energy(free.eigenvalues, least[key])
+            found[key] = free.k, free.info["bound"] ** 2, enough, held
+    found = gather(found)
+    few = {name: found[keys[name]][0] for name, r in ranks.items() if found[keys[name]][0] < r}
+    if few:
+        enough = min(found[keys[name]][2] for name in few)
+        shown = ", ".join(f"{name} (r={ranks[name]}) {k}" for name, k in list(few.items())[:5])
+        raise ValueError(
+            f"energy={config.energy} leaves fewer directions free than the rank in {len(few)} of {len(ranks)} layers: "
+            f"{shown}{', ...' if len(few) > 5 else ''}. Lower it to energy={enough}, lower "
+            f"r, or ask for smaller ranks there: rank_pattern={dict(list(few.items())[:5])}."
+        )
+    counts = {key: entry[0] for key, entry in found.items()}
+    parts = sorted(k / covariances.size(key) for key, k in counts.items())
+    logger.info(
+        "energy=%s leaves %.1f %% to %.1f %% of the directions free, in half of the %d groups at least %.1f %%.",
+        *(config.energy, 100 * parts[0], 100 * parts[-1], len(parts), 100 * parts[len(parts) // 2]),
+    )
+    directions = {name: held for name in ranks if (held := found[keys[name]][3]) is not None}
+    return counts, directions, {key: entry[1] for key, entry in found.items()}
+
+
+def _rank(item: tuple[str, int]) -> int:
+    return item[1]
+
+
+def _checked_groups(
+    linears: Mapping[str, Target],
+    names: Mapping[str, int],
+    covariances: Covariances,
+    aliases: tuple[str, ...],
+    what: str = "covariances",
+) -> dict[str, str]:
+    """Return by layer name the key of its sharing group, whose size fits; warn if they are of other weights."""
+    _warn_of_other_weights(linears, covariances, aliases, what)
+    keys = _groups(names, covariances, aliases, what)
+    for name, key in keys.items():
+        linears[name].require_width(covariances.size(key))
+    return keys
+
+
+def _groups(names: Mapping[str, int], covariances: Covariances, aliases: tuple[str, ...], what: str) -> dict[str, str]:
     """Return by layer name the key of its sharing group."""
     sources = {name: next((a for a in _forms(name, aliases) if a in covariances), None) for name in names}
     missing = [name for name, source in sources.items() if source is None]
     if missing:
         raise ValueError(
-            f"The covariances hold no entry for {len(missing)} of {len(names)} target layers, for instance "
+            f"The {what} hold no entry for {len(missing)} of {len(names)} target layers, for instance "
             f"{missing[0]}; they were collected for another model or for fewer target_modules, or no token reached "
             "these layers. Run lora_null.calibrate on this model with the same target_modules."
         )
@@ -110,7 +218,9 @@ def _forms(name: str, aliases: tuple[str, ...]) -> list[str]:
     return [alias.format(name) for alias in aliases]
 
 
-def _warn_of_other_weights(linears: Mapping[str, Target], covariances: Covariances, aliases: tuple[str, ...]) -> None:
+def _warn_of_other_weights(
+    linears: Mapping[str, Target], covariances: Covariances, aliases: tuple[str, ...], what: str
+) -> None:
     """Log a warning if the covariances were collected on weights other than those of ``linears``."""
     known = covariances.metadata.get("base_fingerprint")
     members = {name for names in covariances.groups.values() for name in names}
@@ -120,13 +230,14 @@ def _warn_of_other_weights(linears: Mapping[str, Target], covariances: Covarianc
     present = fingerprint({name: linear for name, linear in named.items() if name in members})
     if present and present != known:
         logger.warning(
-            "The covariances were collected on other weights than these: the shapes agree, the values do not. The null "
-            "spaces of another model protect nothing here; run lora_null.calibrate on this one."
+            "The %s were collected on other weights than these: the shapes agree, the values do not. The null spaces "
+            "of another model protect nothing here; run lora_null.calibrate on this one.",
+            what,
         )
 
 
 def _solve(
-    covariances: Covariances, ranks: Mapping[str, int], *, method: str, seed: int, progress: bool
+    covariances: Covariances, ranks: Mapping[str, int], options: Mapping[str, Any], *, progress: bool
 ) -> tuple[dict[str, NullSpace], dict[str, float]]:
     """Return, by key of a sharing group, the null spaces of the given ranks and their shares of the energy."""
     spaces: dict[str, NullSpace] = {}
@@ -143,7 +254,7 @@ def _solve(
         keys = [key for key, rank in ranks.items() if rank == r]
         with announcing_failure():
             mine = divide({key: covariances.size(key) ** 3 for key in keys})
-            solved = dict(null_spaces(matrices(mine), r, method=method, seed=seed, progress=progress))
+            solved = dict(null_spaces(matrices(mine), r, progress=progress, **options))
         # Rounding can leave a singular matrix with a sum a little below zero.
         for key, (space, energy) in gather(
             {key: (space, max(space.energy, 0.0) / traces[key]) for key, space in solved.items()}

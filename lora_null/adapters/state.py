@@ -32,6 +32,7 @@ _KINDS: dict[str, Any] = {
     "config": dict,
     "base_fingerprint": str | None,
     "energies": dict,
+    "free": dict,
     "stacked": bool,
     "before": dict,
     "files": dict,
@@ -50,6 +51,7 @@ class AdapterState:
             adapters can see.
         stacked: Whether the adapter in the same folder has the rank-``2 r`` form of a trained A.
         version: Of this package, when the adapter was made or last trained.
+        free: Per sharing group, how many directions are free; empty where the configuration has no ``energy``.
     """
 
     config: LoraNullConfig
@@ -57,6 +59,7 @@ class AdapterState:
     energies: dict[str, float] = field(default_factory=dict)
     stacked: bool = False
     version: str = __version__
+    free: dict[str, int] = field(default_factory=dict)
     # Not in files of adapters: hashes of what the model holds besides them, and the values that modules_to_save had.
     before: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     originals: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -72,6 +75,7 @@ class AdapterState:
             "config": self.config.to_dict(),
             "base_fingerprint": self.base_fingerprint,
             "energies": dict(self.energies),
+            "free": dict(self.free),
             "stacked": self.stacked,
             "files": dict(files or {}),
         }
@@ -100,6 +104,7 @@ class AdapterState:
         try:
             config = LoraNullConfig.from_dict(values["config"])
             energies = {key: float(energy) for key, energy in values.get("energies", {}).items()}
+            free = {key: int(k) for key, k in values.get("free", {}).items()}
         except (TypeError, ValueError, OverflowError) as error:
             raise _damaged(source, error) from None
         found = values.get("checksum")
@@ -107,7 +112,8 @@ class AdapterState:
             raise _damaged(source, "its checksum is another one")
         version = values.get("version", "of unknown version")
         before = {str(name): str(key) for name, key in values.get("before", {}).items()}
-        return cls(config, values.get("base_fingerprint"), energies, values.get("stacked", False), version, before)
+        stacked = values.get("stacked", False)
+        return cls(config, values.get("base_fingerprint"), energies, stacked, version, free, before)
 
     def write(self, folder: Path, *, sealed: bool = False) -> None:
         """Write ``lora_null.json`` into an adapter folder; ``sealed``: with checksums of the files that lie there."""

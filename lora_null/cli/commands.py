@@ -85,9 +85,12 @@ def init(
     lora_alpha: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "lora_alpha"))] = None,
     target_modules: Targets = "all-linear",
     exclude_modules: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "exclude_modules"))] = None,
+    train: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "train"))] = None,
     freeze_a: Annotated[
-        bool, typer.Option("--freeze-a/--no-freeze-a", help=help_of(LoraNullConfig, "freeze_a"))
-    ] = True,
+        bool | None, typer.Option("--freeze-a/--no-freeze-a", help=help_of(LoraNullConfig, "freeze_a"))
+    ] = None,
+    energy: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "energy"))] = None,
+    task: Annotated[Path | None, typer.Option(help="Covariances of the task's text.")] = None,
     lora_dropout: Annotated[float, typer.Option(help=help_of(LoraNullConfig, "lora_dropout"))] = 0.0,
     layers_to_transform: Annotated[
         str | None, typer.Option(help=help_of(LoraNullConfig, "layers_to_transform"))
@@ -97,7 +100,7 @@ def init(
     alpha_pattern: Annotated[list[str] | None, typer.Option(help=help_of(LoraNullConfig, "alpha_pattern"))] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help=help_of(LoraNullConfig, "use_rslora"))] = False,
     modules_to_save: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "modules_to_save"))] = None,
-    method: Annotated[Method, typer.Option(help="How the null spaces are computed.")] = Method.auto,
+    method: Annotated[Method, typer.Option(help="How null spaces are found.")] = Method.auto,
     *,
     loading: Loading,
     seed: Seed = 0,
@@ -127,10 +130,13 @@ def init(
         alpha_pattern=parse_pattern(alpha_pattern, float, "alpha_pattern"),
         use_rslora=use_rslora,
         modules_to_save=parse_names(modules_to_save),
+        train=train,
+        energy=energy,
     )
     loaded_covariances = Covariances.load(covariances)
+    loaded_task = None if task is None else Covariances.load(task)
     loaded, _ = load_model(model, loading)
-    initialize(loaded, loaded_covariances, config, method=method.value, progress=progress)
+    initialize(loaded, loaded_covariances, config, task=loaded_task, method=method.value, progress=progress)
     save_adapter(loaded, output, overwrite=overwrite)
     typer.echo(
         f"{output}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "

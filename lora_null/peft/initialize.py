@@ -76,11 +76,10 @@ def initialize_lora_null_weights(
         linears,
         {name: layer.r[adapter_name] for name, layer in layers.items()},
         covariances,
-        freeze_a=freeze_a,
+        config,
         # As calibrated on the plain model, on the one inside PEFT's, or on the whole.
         aliases=("{}", "{}.base_layer", "base_model.model.{}.base_layer", "base_model.model.{}"),
         method=method,
-        seed=seed,
         progress=progress,
     )
     # The model changes from here on, and nothing below can fail on the user's input.

@@ -143,11 +143,17 @@ def free_directions(C: Tensor, values: Tensor, energy: float, r: int, caller: st
     protected = int((held < energy * held[-1] * (1 - d * torch.finfo(torch.float64).eps)).sum()) + 1 if energy else 0
     k = d - protected
     if k < r:
-        # Rounded down: a hair more would protect one more direction.
-        enough = math.floor(1e6 * float(held[d - r - 1] / held[-1])) / 1e6 if r < d else 0.0
+        enough = sufficient_energy(values, r)
         raise ValueError(
             f"{caller}: energy={energy} leaves {k} of {d} directions free; expected at least {r}. The activations use "
             f"the directions too evenly for that share: lower it to energy={enough}"
             + (f", or the rank to r={k}." if k else ".")
         )
     return k
+
+
+def sufficient_energy(values: Tensor, r: int) -> float:
+    """Return a share of the energy that leaves ``r`` directions free, of eigenvalues in ascending order."""
+    held = values.clamp_min(0).flip(0).cumsum(0)
+    # Rounded down: a hair more would protect one more direction.
+    return math.floor(1e6 * float(held[len(values) - r - 1] / held[-1])) / 1e6 if r < len(values) else 0.0

@@ -20,6 +20,10 @@ TRAINED = {
     "LoRA-Null": {"lora_B"},
     "LoRA-Null, A trained": {"lora_A", "lora_B"},
     "CorDA": {"lora_A", "lora_B"},
+    "Null-Basis, 99 %": {"lora_A", "lora_B"},
+    "Null-Basis, 99.9 %": {"lora_A", "lora_B"},
+    "Null-Basis, task-aware": {"lora_A", "lora_B"},
+    "LoRA-Null, task-aware": {"lora_B"},
     "LoRA, random A frozen": {"lora_B"},
     "MiLoRA": {"lora_A", "lora_B"},
     "LoRA-FA": {"lora_B"},
@@ -33,7 +37,7 @@ TRAINED = {
 
 def start_of(model, batches, r=4):
     covariances = lora_null.calibrate(model, batches, lora_null.LoraNullConfig(r=r), progress=False)
-    return Start(r, 0, batches, batches, covariances)
+    return Start(r, 0, batches, [{**batch, "input_ids": 96 - batch["input_ids"]} for batch in batches], covariances)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
@@ -41,7 +45,7 @@ def test_methods_start_from_the_model_and_train_what_they_should(name, llama, to
     if name == "CorDA":
         pytest.importorskip("attr")
     model, r = llama().requires_grad_(False), 4
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in token_batches()]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in token_batches(vocab_size=8)]
     want, pretrained = model(**batches[0]).logits, copy.deepcopy(model)
     method = METHODS[name]
     adapted = method.attach(model, start_of(model, batches, r))

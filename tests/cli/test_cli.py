@@ -188,7 +188,14 @@ class TestCommands:
         written = json.loads((folder / "checkpoint" / "config.json").read_text())
         # An explicit --lora-alpha wins over what the checkpoint states.
         stated = {**config.to_dict(), "lora_alpha": 999 if given else 6}
-        own = {"format": 1, "version": "0", "config": stated, "base_fingerprint": None, "energies": {"a": 0.5}}
+        own = {
+            "format": 1,
+            "version": "0",
+            "config": stated,
+            "base_fingerprint": None,
+            "energies": {"a": 0.5},
+            "free": {},
+        }
         written["lora_null"] = own
         (folder / "checkpoint" / "config.json").write_text(json.dumps(written))
         caplog.clear()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -25,7 +26,9 @@ def test_survives_its_own_dictionary_and_newer_keys():
         r=4,
         lora_alpha=2.0,
         target_modules=["q_proj", "k_proj"],
-        freeze_a=False,
+        train="b_in_basis",
+        energy=0.9,
+        basis_dtype="bfloat16",
         lora_dropout=0.1,
         exclude_modules={"k_proj", "a"},
         layers_to_transform=1,
@@ -37,6 +40,21 @@ def test_survives_its_own_dictionary_and_newer_keys():
     )
     assert config.layers_to_transform == (1,) and config.exclude_modules == ("a", "k_proj")
     assert LoraNullConfig.from_dict({**json.loads(json.dumps(config.to_dict())), "of_a_later_version": 1}) == config
+
+
+def test_freeze_a_is_a_short_word_for_two_ways_to_train():
+    for given, (train, freeze_a, energy) in (
+        ({}, ("b", True, None)),
+        ({"freeze_a": True}, ("b", True, None)),
+        ({"freeze_a": False}, ("ab", False, None)),
+        ({"train": "b", "energy": 0.5}, ("b", True, 0.5)),
+        ({"train": "b_in_basis"}, ("b_in_basis", False, 0.99)),
+        ({"train": "ab", "freeze_a": False}, ("ab", False, None)),
+    ):
+        config = LoraNullConfig(**given)
+        assert (config.train, config.freeze_a, config.energy) == (train, freeze_a, energy)
+        assert replace(config, r=4) == LoraNullConfig(**given, r=4)
+    assert replace(LoraNullConfig(), train="ab", freeze_a=None).freeze_a is False
 
 
 @pytest.mark.parametrize(
@@ -54,6 +72,13 @@ def test_survives_its_own_dictionary_and_newer_keys():
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is .*, but 'q_proj' has 0"),
         ({"rank_pattern": {"(": 1}}, r"rank_pattern is .*: '\(' is no regular expression"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern is .*, but 'q_proj' has inf"),
+        ({"train": "a"}, "train is 'a'; expected one of b, b_in_basis, ab"),
+        ({"train": "ab", "freeze_a": True}, "freeze_a is True beside train='ab', which means False"),
+        ({"train": "b_in_basis", "freeze_a": True}, "freeze_a is True beside train='b_in_basis'"),
+        ({"train": "b", "freeze_a": False}, "freeze_a is False beside train='b'"),
+        ({"energy": 1}, "energy is 1; expected a share"),
+        ({"energy": float("nan")}, "energy is nan"),
+        ({"basis_dtype": "float16"}, "basis_dtype is 'float16'; expected one of"),
     ],
 )
 def test_impossible_values_are_refused_by_name(arguments, named):
@@ -68,6 +93,9 @@ def test_impossible_values_are_refused_by_name(arguments, named):
         {"lora_alpha": float("inf")},
         {"lora_dropout": None},
         {"freeze_a": "yes"},
+        {"train": True},
+        {"energy": "most"},
+        {"energy": False},
         {"seed": "a"},
         {"target_modules": None},
         {"use_rslora": 1},

@@ -1,0 +1,239 @@
+"""Null-Basis LoRA in a whole model: what is free, what learns, what is kept, and every way out and back."""
+
+import copy
+import json
+
+import pytest
+import torch
+from adapter_tools import R, ids
+from torch import nn
+
+import lora_null
+from lora_null import LoraNullConfig, null_basis
+from lora_null.adapters import export_adapter
+from lora_null.adapters.basis import BasisFactor
+from lora_null.adapters.layer import adapter_layers
+
+ENERGIES = [0.9, 0.99]
+
+
+@pytest.fixture
+def found(llama, token_batches):
+    # Few different tokens leave room, and a tenth of the energy more directions than half.
+    return lora_null.calibrate(llama(), token_batches(vocab_size=8), progress=False)
+
+
+@pytest.fixture
+def task(llama, token_batches):
+    return lora_null.calibrate(llama(), token_batches(seed=7), progress=False)
+
+
+def config(energy=0.99, **options):
+    return LoraNullConfig(**{"r": R, "lora_alpha": 9, "train": "b_in_basis", "energy": energy, **options})
+
+
+def started(llama, found, *, task=None, **options):
+    return lora_null.initialize(llama(), found, config(**options), task=task, progress=False)
+
+
+def learn(model, steps=3, lr=1e-2, first=0):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for step in range(first, first + steps):
+        model(input_ids=ids(step), labels=ids(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def leaks(model, found, energy):
+    """Part of each layer's A, and of its update, in the protected directions."""
+    for name, layer in adapter_layers(model).items():
+        free = null_basis(found[name], energy)
+        A, B = (factor.weight.detach() for factor in (layer.lora_A, layer.lora_B))
+        yield max(free.leak(A), free.leak(B.double() @ A.double()))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids()).logits
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_starts_as_the_model_and_learns_within_its_directions(llama, found, energy):
+    model = started(llama, found, energy=energy)
+    assert torch.equal(logits(model), logits(llama()))
+    frozen = lora_null.initialize(llama(), found, LoraNullConfig(r=R), progress=False)
+    for (name, layer), plain in zip(adapter_layers(model).items(), adapter_layers(frozen).values(), strict=True):
+        assert torch.equal(layer.weight, plain.weight)
+        want = plain.lora_A.weight
+        assert float((layer.lora_A.weight.detach() - want).norm() / want.norm()) < 1e-3, name
+        k = model.lora_null_state.free[found.group_of(name)]
+        assert k == null_basis(found[name], energy).k == layer.lora_A.directions.k
+    kinds = {layer.lora_A.directions.complementary for layer in adapter_layers(model).values()}
+    assert True in kinds and (energy == 0.9 or False in kinds)
+    assert {n.rpartition(".")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    before = {name: layer.lora_A.weight.detach().clone() for name, layer in adapter_layers(model).items()}
+    learn(model, 20)
+    for name, layer in adapter_layers(model).items():
+        assert float((layer.lora_A.weight.detach() - before[name]).norm() / before[name].norm()) > 0.05
+    assert 1e-9 < max(leaks(model, found, energy)) < 1e-6
+
+
+def test_a_group_shares_its_directions(llama, found):
+    first = adapter_layers(started(llama, found))
+    layers = {name.removeprefix("model.layers.0."): layer for name, layer in first.items() if ".0." in name}
+    held = {name: id(layer.lora_A.directions) for name, layer in layers.items()}
+    assert held["self_attn.q_proj"] == held["self_attn.k_proj"] == held["self_attn.v_proj"]
+    assert held["mlp.gate_proj"] == held["mlp.up_proj"] and len(set(held.values())) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_leak_by_the_dtype_of_the_basis(llama, found, dtype):
+    model = learn(started(llama, found, basis_dtype=dtype), 5)
+    assert {layer.lora_A.directions.held.dtype for layer in adapter_layers(model).values()} == {getattr(torch, dtype)}
+    low, high = (1e-9, 1e-6) if dtype == "float32" else (1e-4, 2**-7)
+    assert low < max(leaks(model, found, 0.99)) < high
+
+
+def test_containment_in_fp64(llama, found):
+    options = config(basis_dtype="float64")
+    model = lora_null.initialize(llama(torch.float64), found, options, adapter_dtype=torch.float64, progress=False)
+    assert {layer.lora_A.directions.complementary for layer in adapter_layers(model).values()} == {True, False}
+    learn(model, 100)
+    assert max(leaks(model, found, 0.99)) < 1e-12
+
+
+@pytest.mark.parametrize("train", ["b", "b_in_basis"])
+def test_a_task_chooses_among_the_free_directions(llama, found, task, train):
+    plain, aware = (
+        lora_null.initialize(llama(), found, config(0.9, train=train), task=text, progress=False)
+        for text in (None, task)
+    )
+
+    def used(model, covariances):
+        shares = []
+        for name, layer in adapter_layers(model).items():
+            Q = torch.linalg.qr(layer.lora_A.weight.detach().double().mT)[0]
+            C = covariances[name].double()
+            shares.append(float((Q * (C @ Q)).sum() / C.trace()))
+        return torch.tensor(shares)
+
+    assert (used(aware, task) > 2 * used(plain, task)).all()
+    assert max(leaks(aware, found, 0.9)) < 1e-6
+    assert aware.lora_null_state.free == plain.lora_null_state.free
+
+
+def test_a_task_without_an_energy_weighs_both(llama, found, task):
+    aware = lora_null.initialize(llama(), found, LoraNullConfig(r=R), task=task, progress=False)
+    for name, layer in adapter_layers(aware).items():
+        U = lora_null.null_space(found[name], R, task=task[name]).basis
+        A = layer.lora_A.weight.detach().double()
+        torch.testing.assert_close((A @ U) @ U.mT, A, rtol=0, atol=1e-5 * float(A.norm()))
+
+
+def test_saved_adapters_are_plain_ones_and_say_what_they_are(llama, found, tmp_path):
+    from peft import PeftModel
+
+    model = learn(started(llama, found))
+    want = logits(model)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    peft_model = PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(peft_model), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(lora_null.load_adapter(llama(), tmp_path / "adapter")), want, rtol=0, atol=1e-5)
+    kept = json.loads((tmp_path / "adapter" / "lora_null.json").read_text())
+    assert (kept["config"]["train"], kept["config"]["energy"], kept["stacked"]) == ("b_in_basis", 0.99, False)
+    assert kept["free"] == {key: null_basis(found[key], 0.99).k for key in found}
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == R
+
+
+def test_merged_it_is_the_trained_model(llama, found):
+    model = learn(started(llama, found))
+    want = logits(model)
+    torch.testing.assert_close(logits(lora_null.merge(model)), want, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, BasisFactor) for module in model.modules())
+
+
+def test_training_goes_on_from_an_adapter(llama, found, tmp_path):
+    model = learn(started(llama, found))
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    loaded = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True, covariances=found)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    assert loaded.lora_null_state.config == model.lora_null_state.config
+    assert loaded.lora_null_state.free == model.lora_null_state.free
+    for part in (model, loaded):
+        learn(part.train(), 3, first=3)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+    assert max(leaks(loaded, found, 0.99)) < 1e-6
+
+
+def test_going_on_needs_the_covariances_of_the_run(llama, found, task, tmp_path):
+    lora_null.save_adapter(learn(started(llama, found, energy=0.9)), tmp_path / "adapter")
+    fresh = llama()
+    with pytest.raises(ValueError, match=r"train='b_in_basis'.*Pass covariances="):
+        lora_null.load_adapter(fresh, tmp_path / "adapter", is_trainable=True)
+    with pytest.raises(ValueError, match=r"q_proj: The factor lies outside the \d+ free directions.*other covariances"):
+        lora_null.load_adapter(fresh, tmp_path / "adapter", is_trainable=True, covariances=task)
+    assert not adapter_layers(fresh) and all(p.requires_grad for p in fresh.parameters())
+
+
+def test_state_dicts_are_exact_and_know_turned_directions(llama, found):
+    model = learn(started(llama, found))
+    state = copy.deepcopy(model.state_dict())
+    again = started(llama, found)
+    again.load_state_dict(state)
+    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    # On another machine the eigenvectors come with other signs, or turned within a cluster.
+    turned = started(llama, found)
+    for layer in adapter_layers(turned).values():
+        held = layer.lora_A.directions.held
+        held.neg_()
+        held[:, :2] = held[:, :2] @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+        layer.lora_A._made = None
+    turned.load_state_dict(state)
+    torch.testing.assert_close(logits(turned), logits(model), rtol=0, atol=1e-5)
+    with pytest.raises(RuntimeError, match="outside the"):
+        other = lora_null.initialize(llama(), found, config(0.5), progress=False)
+        started_from = {key: torch.roll(value, 1, -1) if "lora_A" in key else value for key, value in state.items()}
+        other.load_state_dict({key: value for key, value in started_from.items() if "coefficients" not in key})
+
+
+def test_a_trainers_checkpoint_exports_and_resumes(llama, found, tmp_path):
+    model = learn(started(llama, found))
+    want = logits(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert export_adapter(tmp_path / "checkpoint", tmp_path / "exported") == R
+    torch.testing.assert_close(logits(lora_null.load_adapter(llama(), tmp_path / "exported")), want, rtol=0, atol=1e-5)
+
+
+def test_too_much_energy_is_refused_and_smaller_ranks_are_taken_where_asked(llama, found):
+    model, k = llama(), {name: null_basis(found[name], 0.9).k for names in found.groups.values() for name in names}
+    few = {name: free for name, free in k.items() if free < 42}
+    for train in ("b", "b_in_basis"):
+        with pytest.raises(ValueError, match="leaves fewer directions free than the rank") as refusal:
+            lora_null.initialize(model, found, config(0.9, r=42, train=train), progress=False)
+        assert f"in {len(few)} of 14 layers: model.layers.0.self_attn.q_proj (r=42) 41, " in str(refusal.value)
+        assert not adapter_layers(model)
+    # What the message proposes.
+    enough = float(str(refusal.value).partition("Lower it to energy=")[2].partition(", lower r")[0])
+    assert min(started(llama, found, r=42, energy=enough).lora_null_state.free.values()) >= 42
+    model = started(llama, found, r=42, energy=0.9, rank_pattern=few)
+    assert {name: layer.r for name, layer in adapter_layers(model).items()} == {n: min(42, k[n]) for n in k}
+
+
+def test_quantised_bases_keep_their_product(llama, found):
+    class Special(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    model, plain = llama(), llama()
+    for module in (model, plain):
+        for layer in module.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = Special
+    lora_null.initialize(model, found, config(target_modules=["down_proj"]), progress=False)
+    learn(model)
+    assert max(leaks(model, found, 0.99)) < 1e-6
