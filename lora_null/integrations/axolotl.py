@@ -17,7 +17,8 @@ from typing import Any
 
 from ..adapters.state import read_state
 from ..covariances.covariances import Covariances
-from ..peft import freeze_lora_A, initialize_lora_null_weights, use_fused_kernels
+from ..peft import initialize_lora_null_weights, use_fused_kernels
+from ..peft.load import go_on
 from ..system.log import logger
 from .callback import KeepFrozen
 
@@ -68,8 +69,8 @@ class LoraNullPlugin(BasePlugin):
             )
         if cfg.get("lora_model_dir"):
             state = read_state(Path(cfg["lora_model_dir"]))
-            if state is not None and state.config.freeze_a:
-                freeze_lora_A(model)
+            if state is not None:
+                go_on(model, state)
         else:
             path = cfg.get("lora_null_covariances")
             if not path:

@@ -23,10 +23,7 @@ def require_complete(peft_model: Any, before: Mapping[str, str], save_embedding_
     Raises:
         ValueError: Tensors outside the adapters require gradients or have changed; they are named.
     """
-    # Without the tied ones a wrapper of PEFT would not find its own. Names only: where parameters are sharded, a
-    # state dict would have to be gathered.
-    named = {plain_name(name): value for name, value in peft_model.named_parameters(remove_duplicate=False)}
-    named |= {plain_name(name): value for name, value in peft_model.named_buffers(remove_duplicate=False)}
+    named = named_tensors(peft_model)
     trained = {plain_name(name) for name, value in peft_model.named_parameters() if value.requires_grad}
     for name, tensor in tensors_of(peft_model).items():
         # PEFT itself merges adapters into what it has wrapped, and takes them out again, with some rounding.
@@ -44,6 +41,16 @@ def require_complete(peft_model: Any, before: Mapping[str, str], save_embedding_
             "in the LoraConfig's modules_to_save before training. If they were not meant to learn, call "
             "requires_grad_(False) on them, and restore them."
         )
+
+
+def named_tensors(peft_model: Any) -> dict[str, Any]:
+    """Return parameters and buffers as a state dict names them, not gathered where they are divided.
+
+    Tied ones have all their names: a wrapper of PEFT looks for its own.
+    """
+    named = dict(peft_model.named_parameters(remove_duplicate=False))
+    named |= dict(peft_model.named_buffers(remove_duplicate=False))
+    return {plain_name(name): tensor for name, tensor in named.items()}
 
 
 def _beyond(

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.delta import shift_base
+from ..adapters.delta import require_shift, shift_base
 from ..adapters.plain import SHIFTING
 from ..adapters.start import start_factors
 from ..adapters.state import INITIAL, AdapterState
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.quantised import allow_gradients
-from ..models.refusals import Target
+from ..models.refusals import Target, require_finite
 from ..models.targets import survey
 from ..system.distributed import announcing_failure
 from ..system.log import warn_once
@@ -82,6 +82,9 @@ def initialize_lora_null_weights(
         method=method,
         progress=progress,
     )
+    with announcing_failure():
+        for name, layer in layers.items():
+            start.factors[name] = _as_stored(name, layer, *start.factors[name], adapter_name, freeze_a)
     # The model changes from here on, and nothing below can fail on the user's input.
     for name, layer in layers.items():
         _put(layer, *start.factors.pop(name), adapter_name, freeze_a)
@@ -135,21 +138,39 @@ def _check_layer(name: str, layer: Any, target: Target | None, adapter_name: str
             f"The adapter {adapter_name!r} of {name} has r={layer.r[adapter_name]}, but its factors have {rows} rows: "
             "expected as many. prepare_model_for_compiled_hotswap pads them; initialise before it."
         )
+    if layer.lora_A[adapter_name].weight.is_meta:
+        raise ValueError(
+            f"The adapter {adapter_name!r} of {name} is on the meta device, where it has no values; expected them in "
+            "memory. Leave low_cpu_mem_usage out where the adapter is made."
+        )
     if adapter_name in getattr(layer, "lora_variant", {}):
         raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
 
 
 @torch.no_grad()
-def _put(layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
-    base = layer.get_base_layer()
+def _as_stored(
+    name: str, layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the factors as the layer holds them; ValueError where they, or the shift, exceed the range of a dtype."""
+    parts = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    # A bf16 adapter rounds, and the shift must undo exactly what the adapter adds.
+    stored_A, stored_B = (new.to(own.device, own.dtype) for new, own in zip((initial_A, initial_B), parts, strict=True))
+    advice = f" in {stored_A.dtype}, so nothing was changed. Keep the adapters in fp32 (autocast_adapter_dtype=True)."
+    require_finite(f"The start of {name}", stored_A, stored_B, advice)
+    if not freeze_a:
+        require_shift(name, layer.get_base_layer(), stored_A, stored_B, -float(layer.scaling[adapter_name]))
+    return stored_A, stored_B
+
+
+@torch.no_grad()
+def _put(layer: Any, stored_A: Tensor, stored_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
+    base, scaling = layer.get_base_layer(), float(layer.scaling[adapter_name])
     allow_gradients([base])
-    layer.lora_A[adapter_name].weight.copy_(initial_A)
+    layer.lora_A[adapter_name].weight.copy_(stored_A)
     if freeze_a:
         layer.lora_B[adapter_name].weight.zero_()
         freeze(layer, adapter_name)
         return
-    layer.lora_B[adapter_name].weight.copy_(initial_B)
-    # The values as stored: a bf16 adapter rounds, and the shift must undo exactly what it adds.
-    stored_A, stored_B = (part[adapter_name].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
-    shift_base(base, stored_A, stored_B, -float(layer.scaling[adapter_name]))
-    setattr(layer, INITIAL, {adapter_name: (stored_A, stored_B, float(layer.scaling[adapter_name]))})
+    layer.lora_B[adapter_name].weight.copy_(stored_B)
+    shift_base(base, stored_A, stored_B, -scaling)
+    setattr(layer, INITIAL, {adapter_name: (stored_A, stored_B, scaling)})

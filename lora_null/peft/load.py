@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from ..adapters.state import read_state, require_sealed
+from ..adapters.state import AdapterState, read_state, require_sealed
 from .layers import freeze_lora_A
 from .recipe import recipe_of, restore
 from .record import remember
@@ -28,9 +28,14 @@ def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name:
     require_sealed(Path(path))
     peft_model = PeftModel.from_pretrained(base_model, str(path), adapter_name=adapter_name, is_trainable=True)
     if state is not None:
-        restore(peft_model, adapter_name, state.config)
-        if state.config.freeze_a:
-            freeze_lora_A(peft_model, adapter_name)
-        config = recipe_of(peft_model, adapter_name, state.config)
-        remember(peft_model, adapter_name, replace(state, config=config, stacked=False))
+        go_on(peft_model, state, adapter_name)
     return peft_model
+
+
+def go_on(peft_model: nn.Module, state: AdapterState, adapter_name: str = "default") -> None:
+    """Let an adapter that PEFT has loaded as trainable go on in the mode, scaling and dropout of its run."""
+    restore(peft_model, adapter_name, state.config)
+    if state.config.freeze_a:
+        freeze_lora_A(peft_model, adapter_name)
+    config = recipe_of(peft_model, adapter_name, state.config)
+    remember(peft_model, adapter_name, replace(state, config=config, stacked=False))

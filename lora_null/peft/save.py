@@ -20,7 +20,7 @@ from ..adapters.state import AdapterState
 from ..config import LoraNullConfig
 from ..models.weights import gathered
 from ..models.wrappers import plain_name, unwrapped
-from .complete import require_complete
+from .complete import named_tensors, require_complete
 from .layers import base_names, holds_linear, lora_layers, lora_modules
 from .recipe import recipe_of
 from .record import held_before, recalled
@@ -72,8 +72,7 @@ def save_adapter(
     """
     peft_model = unwrapped(peft_model)
     require_complete(peft_model, held_before(peft_model))
-    adapter = of_peft(peft_model, adapter_name)
-    adapter = replace(adapter, base_model=base_model_name_or_path or adapter.base_model)
+    adapter = of_peft(peft_model, adapter_name, base_model_name_or_path)
     save_from(peft_model, adapter, path, dtype=dtype, overwrite=overwrite)
 
 
@@ -108,7 +107,7 @@ def changes_of(peft_model: nn.Module, adapter_name: str = "default") -> dict[str
     }
 
 
-def of_peft(peft_model: Any, adapter_name: str = "default") -> Adapter:
+def of_peft(peft_model: Any, adapter_name: str = "default", base_model_name_or_path: str | None = None) -> Adapter:
     """Return an adapter of ``peft_model``, unwrapped, for the untouched base; ValueError as in :func:`changes_of`."""
     factors = changes_of(peft_model, adapter_name)
     layers = lora_layers(peft_model, adapter_name)
@@ -135,7 +134,7 @@ def of_peft(peft_model: Any, adapter_name: str = "default") -> Adapter:
     return Adapter(
         factors,
         short_names(base_names(peft_model), [*factors, *others]),
-        published_name(peft_config.base_model_name_or_path),
+        base_model_name_or_path or published_name(peft_config.base_model_name_or_path),
         peft_config.task_type,
         replace(state, config=recipe_of(peft_model, adapter_name, state.config), stacked=stacked),
         extras=Extras(others=_beside(peft_model, adapter_name, factors, layers), settings=settings),
@@ -146,10 +145,10 @@ def _beside(
     peft_model: Any, adapter_name: str, factors: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Return what PEFT writes of the adapter beside the factors of linear layers, by name on disk."""
-    tensors = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    # The parameters, and not their state dict: where they are divided, it has nothing that could be gathered.
+    tensors = get_peft_model_state_dict(peft_model, named_tensors(peft_model), adapter_name)
     if not isinstance(peft_model, PeftModel):
         tensors = {PREFIX + key: tensor for key, tensor in tensors.items()}
-    tensors = {plain_name(key): tensor for key, tensor in tensors.items()}
     for name in factors:
         for key in tensor_names(name):
             tensors.pop(key, None)

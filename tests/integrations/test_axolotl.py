@@ -20,8 +20,8 @@ def covariance_file(calibrated, tmp_path):
     return str(tmp_path / "cov.safetensors")
 
 
-def fresh(model):
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"))
+def fresh(model, **options):
+    return get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 4, "target_modules": "all-linear"} | options))
 
 
 def trained(model):
@@ -43,15 +43,17 @@ def test_a_fresh_adapter_gets_its_start(covariance_file, llama, freeze_a):
 
 
 def test_a_saved_adapter_goes_on_in_its_mode(covariance_file, llama, tmp_path):
-    model, plugin = fresh(llama()), LoraNullPlugin()
+    model, plugin = fresh(llama(), lora_alpha=12, lora_dropout=0.25), LoraNullPlugin()
     plugin.post_lora_load({"adapter": "lora", "lora_null_covariances": covariance_file}, model)
-    model.save_pretrained(tmp_path / "saved")
+    lora_null.peft.save_adapter(model, tmp_path / "saved")
     again = PeftModel.from_pretrained(llama(), str(tmp_path / "saved"), is_trainable=True)
     assert trained(again) == {"A", "B"}
     plugin.post_lora_load(
         {"adapter": "lora", "lora_model_dir": str(tmp_path / "saved"), "lora_null_fused": False}, again
     )
     assert trained(again) == {"B"}
+    for layer in lora_null.peft.lora_layers(again).values():
+        assert layer.scaling["default"] == 3 and layer.lora_dropout["default"].p == 0.25
     run = type("Trainer", (), {"model": again})
     assert [type(callback) for callback in plugin.add_callbacks_post_trainer({}, run)] == [KeepFrozen]
     run.model = fresh(llama())

@@ -59,6 +59,32 @@ def unchanged(model, before):
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def trainer(model, folder):
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        str(folder), use_cpu=True, max_steps=4, save_steps=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,
+        per_device_train_batch_size=4, lr_scheduler_type="constant",
+    )  # fmt: skip
+    rows = torch.randint(97, (16, 16), generator=torch.Generator().manual_seed(5))
+    return Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+
+
+@MODES
+def test_a_trainer_resumes_where_it_was(start, llama, tmp_path, freeze_a):
+    """With scaling that differs between layers, dropout and biases, from a checkpoint and from our own folder."""
+    options = {"use_rslora": True, "alpha_pattern": {"q_proj": 3}, "lora_dropout": 0.25, "lora_bias": True}
+    whole, resumed = (trainer(start(get_peft_model(llama(), config(**options)), freeze_a), tmp_path) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    base = logits(llama())
+    assert (logits(resumed.model) - logits(whole.model)).norm() <= 1e-4 * (logits(whole.model) - base).norm()
+    lora_null_peft.save_adapter(whole.model, tmp_path / "own")
+    again = start(get_peft_model(llama(), config(**options)), freeze_a)
+    again.load_adapter(str(tmp_path / "own"), "default", is_trainable=True)
+    assert fits(again, logits(whole.model))
+
+
 class TestModelsOfTransformers:
     """``add_adapter`` and ``save_pretrained``, where transformers writes the configuration before the weights."""
 
@@ -81,18 +107,10 @@ class TestModelsOfTransformers:
 
     @MODES
     def test_checkpoints_of_a_trainer(self, start, llama, tmp_path, freeze_a):
-        from transformers import Trainer, TrainingArguments
-
         model = llama()
         model.add_adapter(config())
-        start(model, freeze_a)
-        arguments = TrainingArguments(
-            str(tmp_path), use_cpu=True, max_steps=2, save_steps=1, learning_rate=1e-2, report_to=[], disable_tqdm=True,
-            per_device_train_batch_size=4, lr_scheduler_type="constant",
-        )  # fmt: skip
-        rows = torch.randint(97, (8, 16), generator=torch.Generator().manual_seed(5))
-        Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows]).train()
-        assert fits(PeftModel.from_pretrained(llama(), str(tmp_path / "checkpoint-2")), logits(model))
+        trainer(start(model, freeze_a), tmp_path).train()
+        assert fits(PeftModel.from_pretrained(llama(), str(tmp_path / "checkpoint-4")), logits(model))
 
     def test_injected_adapters(self, start, llama, tmp_path):
         model = inject_adapter_in_model(config(), llama())
@@ -143,6 +161,22 @@ class TestTheBase:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match="prepare_model_for_compiled_hotswap"):
             start(model, freeze_a=False)
+        assert unchanged(model, before)
+
+    def test_factors_without_values(self, start, llama):
+        model = get_peft_model(llama(), config(), low_cpu_mem_usage=True)
+        with pytest.raises(ValueError, match="on the meta device"):
+            start(model)
+
+    def test_a_shift_beyond_the_range_of_the_base(self, start, llama, token_batches):
+        model = llama(torch.float16)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.data[0, 0] = 6e4
+        covariances = lora_null.calibrate(llama(), token_batches(), progress=False)
+        model = get_peft_model(model, config(r=40, lora_alpha=4000))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj would hold NaN or Inf"):
+            lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=False, progress=False)
         assert unchanged(model, before)
 
 
