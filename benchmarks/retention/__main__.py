@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 from lora_null.quickstart import model as models
@@ -20,17 +21,16 @@ MODELS = {source.name: source for source in (models.SMOLLM2, models.GEMMA3)}
 
 
 def plan(names: list[str], tasks: list[str], methods: list[str], seeds: int) -> Iterator[Run]:
-    """Yield every run: the contenders on each model seed by seed, then the other methods with one seed, then tasks."""
+    """Yield every run: the contenders on each model with every seed, then the other methods with one, then tasks."""
     contenders = [method for method in CONTENDERS if method in methods]
     others = [method for method in methods if method not in contenders]
     for task in tasks:
         for chosen, count in ((contenders, seeds), (others, 1)):
-            for name in names:
-                for seed in range(count):
-                    # The middle of each grid first: a comparison of all after few runs.
-                    for rank in (1, 0, 2):
-                        for method in chosen:
-                            yield Run(name, task, method, METHODS[method].learning_rates[rank], seed)
+            # The middle of each grid first, with every seed: a comparison of all, with its spread, after few runs.
+            for rank in (1, 0, 2):
+                for name in names:
+                    for seed, method in product(range(count), chosen):
+                        yield Run(name, task, method, METHODS[method].learning_rates[rank], seed)
 
 
 def read(path: Path) -> list[dict]:
