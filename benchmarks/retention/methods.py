@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -165,7 +166,14 @@ def lora_null_task(model: Any, start: Start) -> nn.Module:
 
 def null_basis(model: Any, start: Start, energy: float = 0.99) -> nn.Module:
     """Null-Basis LoRA (arXiv 2609.25618): A and B learn, A within the directions beyond a share of the energy."""
-    return _ours(model, start, train="b_in_basis", energy=energy)
+    return _ours(model, start, train="b_in_basis", energy=energy, rank_pattern=smaller_ranks(start, energy))
+
+
+def smaller_ranks(start: Start, energy: float) -> dict[str, int]:
+    """Return the ranks of layers in which fewer than ``r`` directions are free: 99.9 % leave some layers 9 of 576."""
+    free = {key: lora_null.null_basis(C, energy).k for key, C in start.covariances.items()}
+    members = start.covariances.groups.items()
+    return {re.escape(name): free[key] for key, names in members for name in names if free[key] < start.r}
 
 
 def null_basis_task(model: Any, start: Start) -> nn.Module:

