@@ -62,7 +62,9 @@ def _beyond(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kept |= set(get_peft_model_state_dict(peft_model, named, adapter, save_embedding_layers=embeddings))
-    return {name for name in trained if "_flat_param" not in name and not kept & set(_forms(name, adapters))}
+    # Tied ones are in the file under one of their names.
+    held = {id(tensor) for name, tensor in named.items() if kept & set(_forms(name, adapters))}
+    return {name for name in trained if "_flat_param" not in name and id(named.get(name)) not in held}
 
 
 def _forms(name: str, adapters: list[str]) -> list[str]:

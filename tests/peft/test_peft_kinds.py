@@ -237,6 +237,22 @@ class TestBesideTheFactors:
             assert not (tmp_path / "adapter").exists()
         model.save_pretrained(str(tmp_path / "adapter"))
 
+    def test_tied_embeddings(self, start, llama, tmp_path):
+        """One tensor under two names, of which PEFT writes one."""
+
+        def tied():
+            return llama(tie_word_embeddings=True)
+
+        for number, options in enumerate(
+            ({"trainable_token_indices": [3, 5]}, {"modules_to_save": ["embed_tokens", "lm_head"]})
+        ):
+            model = learn(start(get_peft_model(tied(), config(**options)), freeze_a=False))
+            model.save_pretrained(str(tmp_path / f"pefts {number}"))
+            lora_null_peft.save_adapter(model, tmp_path / f"own {number}")
+            for name in ("pefts", "own"):
+                got = logits(PeftModel.from_pretrained(tied(), str(tmp_path / f"{name} {number}")))
+                assert (got - logits(model)).norm() <= 1e-5 * got.norm()
+
     @MODES
     def test_a_resized_vocabulary(self, start, llama, tmp_path, freeze_a):
         """Carried where PEFT finds the base's own size, as its own save_pretrained does."""
