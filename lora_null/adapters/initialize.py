@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..covariances.covariances import Covariances
+from ..models.arguments import takes
 from ..models.refusals import Target, require_floating
 from ..models.targets import CLASSIFIERS, Survey, survey
 from ..models.wrappers import uncompiled
@@ -26,6 +27,7 @@ from .start import Start, start_factors
 from .state import AdapterState, set_state
 
 
+@takes(model=nn.Module, covariances=Covariances, config=LoraNullConfig)
 # Tensors made in inference mode could never be trained.
 @torch.inference_mode(False)
 def initialize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
+from ..models.arguments import PATH, takes
 from ..models.identity import fingerprint
 from ..models.refusals import Target, require_finite, require_floating
 from ..models.targets import survey
@@ -26,6 +27,7 @@ from .start import directions_of
 from .state import OWN_CONFIG, AdapterState, set_state
 
 
+@takes(base_model=nn.Module, path=PATH)
 # Tensors made in inference mode could never be trained.
 @torch.inference_mode(False)
 def load_adapter(

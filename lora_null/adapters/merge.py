@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.arguments import takes
 from ..models.refusals import DIVERGED, require_finite
 from ..models.targets import survey
 from ..models.wrappers import unwrapped
@@ -22,6 +23,7 @@ from .layer import detach_adapter, require_layers
 from .state import set_state
 
 
+@takes(model=nn.Module)
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its weight, computed in fp32 and rounded once, and restore the plain layers.
 

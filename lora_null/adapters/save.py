@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraNullConfig
+from ..models.arguments import PATH, takes
 from ..models.weights import is_distributed
 from ..models.wrappers import plain_name, unwrapped
 from ..system.distributed import in_first_process
@@ -23,6 +24,7 @@ from .names import published_name, short_names
 from .state import AdapterState, get_state
 
 
+@takes(model=nn.Module, path=PATH)
 def save_adapter(
     model: nn.Module,
     path: str | os.PathLike,

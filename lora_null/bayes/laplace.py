@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..covariances.covariances import Covariances
+from ..models.arguments import takes
 from .kfac import KroneckerFactors, of_matrix
 from .layers import AdaptedLayer, adapted_layers, factors_of, norms_of
 from .likelihood import labelled
@@ -21,6 +22,7 @@ N_KFAC = 64
 _HALVINGS = 80
 
 
+@takes(model=nn.Module, covariances=Covariances)
 def laplace(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],

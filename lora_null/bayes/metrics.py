@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.arguments import takes
+
 BINS = 15
 
 
@@ -27,6 +29,7 @@ class Scores:
     brier: float
 
 
+@takes(probabilities=Tensor, labels=Tensor)
 def scores(probabilities: Tensor, labels: Tensor, *, bins: int = BINS) -> Scores:
     """Judge predictions.
 
@@ -47,6 +50,7 @@ def scores(probabilities: Tensor, labels: Tensor, *, bins: int = BINS) -> Scores
     return Scores(float(accuracy), float(nll), calibration_error(p, labels, bins=bins), float(brier))
 
 
+@takes(probabilities=Tensor, labels=Tensor)
 def calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = BINS) -> float:
     """Return the expected calibration error (Guo et al., arXiv 1706.04599, equation 3).
 
@@ -70,6 +74,7 @@ class Bin:
     share: float
 
 
+@takes(probabilities=Tensor, labels=Tensor)
 def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = BINS) -> list[Bin]:
     """Return the bins that hold predictions, by ascending confidence; arguments as in :func:`calibration_error`."""
     if bins < 1:

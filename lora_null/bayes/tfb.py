@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.arguments import takes
 from .layers import AdaptedLayer, adapted_layers, norms_of
 from .likelihood import label_log_probabilities, labelled
 from .noise import Gaussian, Noise
@@ -17,6 +18,7 @@ from .posterior import Posterior
 BOUNDS = (1e-3, 0.2)
 
 
+@takes(model=nn.Module)
 def tfb(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],

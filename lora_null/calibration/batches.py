@@ -88,8 +88,13 @@ class BatchReader:
     def check_ids(self, inputs: Mapping[str, Any], index: int) -> None:
         """Raise ValueError for ids that the embedding lacks: on a GPU their lookup would end the process's CUDA use."""
         ids = inputs.get("input_ids")
-        if self.vocabulary is None or not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_meta:
+        if self.vocabulary is None or not isinstance(ids, Tensor) or ids.is_meta or not ids.numel():
             return
+        if ids.is_floating_point():
+            raise TypeError(
+                f"Batch {index} has input_ids of {ids.dtype}; expected whole numbers, token ids (B, L). Are they "
+                "embeddings? Those go in as inputs_embeds."
+            )
         outside = (ids < 0) | (ids >= self.vocabulary)
         if not bool(outside.any()):
             return

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
+from ..models.arguments import takes
 from ..models.identity import fingerprint
 from ..models.modes import evaluating
 from ..models.weights import is_distributed
@@ -29,6 +30,7 @@ from .options import Options
 from .streaming import run_streaming
 
 
+@takes(model=nn.Module, config=LoraNullConfig)
 def calibrate(
     model: nn.Module,
     batches: Any,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import LoraNullConfig
+from ..models.arguments import takes
 from ..models.modes import evaluating
 from ..models.wrappers import uncompiled
 from .batches import Batch, first_tokens, to_device
@@ -20,6 +21,7 @@ from .options import Options
 from .probe import Probe, probe
 
 
+@takes(model=nn.Module, config=LoraNullConfig)
 def memory_plan(
     model: nn.Module,
     batch: Any,

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.arguments import PATH, takes
 from ..system.files import parse_json
 from .header import counts_by_key, names_by_key, strings_by_key
 from .packed import DenseMatrices, PackedFile, PackedMatrices, write_packed
@@ -97,6 +98,7 @@ class Covariances:
             f"{max(self.tokens.values(), default=0)} tokens)"
         )
 
+    @takes(path=PATH)
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write one safetensors file, lower triangles only, atomically.
 
@@ -123,6 +125,7 @@ class Covariances:
         )
 
     @classmethod
+    @takes(path=PATH)
     def load(cls, path: str | os.PathLike) -> Covariances:
         """Open a file of :meth:`save`. Matrices are mapped, and read when asked for.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.texts import check_sizes
+from ..models.arguments import takes
 from ..models.modes import evaluating
 from .choices import score_choices
 from .compare import compare
@@ -23,6 +24,7 @@ from .questions import EncodedQuestion, Question, encode, read_questions
 from .results import Evaluation, QuestionResult, TextResult
 
 
+@takes(model=nn.Module)
 def evaluate(
     model: nn.Module,
     tokenizer: Any,

@@ -57,6 +57,7 @@ def symmetrize_(C: Tensor) -> Tensor:
 
     Works block by block: no second ``d x d`` matrix is allocated.
     """
+    _require_tensors("symmetrize_", C=C)
     if C.dim() != 2 or C.shape[0] != C.shape[1]:
         raise ValueError(f"symmetrize_: expected a square matrix (d, d), got shape {tuple(C.shape)}")
     d, side = C.shape[0], _MIRROR.get(C.device.type, 4096)
@@ -72,6 +73,7 @@ def symmetrize_(C: Tensor) -> Tensor:
 
 
 def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    _require_tensors("covariance_update", C=C, x=x)
     if C.dim() != 2 or C.shape[0] != C.shape[1]:
         raise ValueError(f"covariance_update: C must be square (d, d), got shape {tuple(C.shape)}")
     if x.dim() < 1 or x.shape[-1] != C.shape[0]:
@@ -101,6 +103,15 @@ def _check(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
             f"covariance_update: mask is {mask.dtype} {tuple(mask.shape)}, expected bool "
             f"{tuple(x.shape[:-1])} (True = the token counts); an attention mask of 0 and 1 needs .bool()"
         )
+
+
+def _require_tensors(what: str, **tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{what}: {name} is a {type(tensor).__name__}; expected a torch tensor: C (d, d), x (..., d), in this "
+                "order. Stack a list of batches, or call it for each."
+            )
 
 
 def _check_memory(C: Tensor, x: Tensor, mask: Tensor | None) -> None:

@@ -129,6 +129,12 @@ def _call(
 
     ``lora_linear``, with A as its factor, returns ``(y, S)``; ``lora_up_linear``, with P, returns y.
     """
+    for tensor in (x, weight, factor, lora_B):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name}: an operand is a {type(tensor).__name__}; expected torch tensors x, weight, lora_A (or "
+                "projected) and lora_B, in this order. Pass the weight of a layer, and stack lists."
+            )
     compiled = dispatch.compiled(x, weight, dropout)
     if compiled is not None:
         outputs = getattr(compiled, name)(x, weight, factor, lora_B, bias, mixing, float(scaling))

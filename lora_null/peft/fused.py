@@ -9,6 +9,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from .. import ops
+from ..models.arguments import takes
 from ..system.environment import fall_back
 from ..system.log import logger, warn_once
 
@@ -72,6 +73,7 @@ class FusedKernels:
                 layer.__class__ = lora.Linear  # type: ignore[assignment]
 
 
+@takes(peft_model=nn.Module)
 def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
     """Let the LoRA layers of ``peft_model`` compute base and adapter in one operation, in place and reversibly.
 

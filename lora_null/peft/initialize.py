@@ -14,6 +14,7 @@ from ..adapters.start import start_factors
 from ..adapters.state import INITIAL, AdapterState
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
+from ..models.arguments import takes
 from ..models.quantised import allow_gradients
 from ..models.refusals import Target, require_finite
 from ..models.targets import survey
@@ -27,6 +28,7 @@ from .untouched import initial_of
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@takes(peft_model=nn.Module, covariances=Covariances)
 def initialize_lora_null_weights(
     peft_model: Model,
     covariances: Covariances,

@@ -10,11 +10,13 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapters.state import AdapterState, read_state, require_sealed
+from ..models.arguments import PATH, takes
 from .layers import freeze_lora_A
 from .recipe import recipe_of, restore
 from .record import remember
 
 
+@takes(base_model=nn.Module, path=PATH)
 def load_trainable(base_model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
     """``PeftModel.from_pretrained(..., is_trainable=True)`` that goes on as the run did.
 

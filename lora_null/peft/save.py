@@ -18,6 +18,7 @@ from ..adapters.plain import SHIFTING
 from ..adapters.save import save_from
 from ..adapters.state import AdapterState
 from ..config import LoraNullConfig
+from ..models.arguments import PATH, takes
 from ..models.weights import gathered
 from ..models.wrappers import plain_name, unwrapped
 from .complete import named_tensors, require_complete
@@ -39,6 +40,7 @@ _BESIDE = (
 )
 
 
+@takes(peft_model=nn.Module, path=PATH)
 def save_adapter(
     peft_model: nn.Module,
     path: str | os.PathLike,
