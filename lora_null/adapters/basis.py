@@ -76,6 +76,7 @@ class _Made(NamedTuple):
     A: Tensor
 
 
+# Aimed at, and not measured yet: a step of at most 1.05 times one in which A is a parameter.
 class BasisFactor(nn.Module):
     """``A = C N^T (r, d)`` as ``weight``, in place of a factor that is a parameter; trained is ``coefficients``.
 

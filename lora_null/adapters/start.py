@@ -228,7 +228,8 @@ def _warn_of_other_weights(
     if not known or not members <= set(named):
         return
     present = fingerprint({name: linear for name, linear in named.items() if name in members})
-    if present and present != known:
+    # Of sums, those of the last text are of the model that the others were learned in.
+    if present and present not in known.split(" + "):
         logger.warning(
             "The %s were collected on other weights than these: the shapes agree, the values do not. The null spaces "
             "of another model protect nothing here; run lora_null.calibrate on this one.",

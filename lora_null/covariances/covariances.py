@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.arguments import PATH, takes
 from ..system.files import parse_json
 from .header import counts_by_key, names_by_key, strings_by_key
-from .packed import DenseMatrices, PackedFile, PackedMatrices, write_packed
+from .packed import DenseMatrices, PackedFile, PackedMatrices, PackedSums, write_packed
 
 _KIND = "lora_null.covariances"
 _VERSION = 1
@@ -84,6 +84,33 @@ class Covariances:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def __add__(self, other: Covariances) -> Covariances:
+        """Return the covariances of both texts together; the matrices are added when they are asked for.
+
+        After a task, those of its text on the merged model are added to what was kept before, and the next adapter
+        leaves both alone.
+
+        Raises:
+            ValueError: They are of other layers, or of layers of other sizes.
+        """
+        if not isinstance(other, Covariances):
+            return NotImplemented
+        members = {frozenset(names): key for key, names in other.groups.items()}
+        odd = {frozenset(names) for names in self.groups.values()} ^ set(members)
+        sizes = [] if odd else [key for key, names in self.groups.items() if self.size(key) != other.size(names[0])]
+        if odd or sizes:
+            named = (
+                f"{sizes[0]} has d={self.size(sizes[0])} and d={other.size(sizes[0])}" if sizes else sorted(min(odd))
+            )
+            raise ValueError(
+                f"Covariances of other layers cannot be added: {named}. Expected the same layers, grouped alike, of "
+                "one model. Calibrate both on it, with the same target_modules and enough text to reach all layers."
+            )
+        names = {key: members[frozenset(group)] for key, group in self.groups.items()}
+        tokens = {key: count + other.tokens[names[key]] for key, count in self.tokens.items()}
+        facts = {name: _both(name, self.metadata, other.metadata) for name in {**self.metadata, **other.metadata}}
+        return Covariances(PackedSums(self._matrices, other._matrices, names), self.groups, tokens, facts)
+
     def keys(self) -> list[str]:
         """Return the group keys, in the order of the model."""
         return list(self.groups)
@@ -146,6 +173,14 @@ class Covariances:
             return cls(file, groups, tokens, metadata)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: its header is incomplete or contradicts itself ({error}).") from error
+
+
+def _both(name: str, first: Mapping[str, str], second: Mapping[str, str]) -> str:
+    """Return a fact about two texts: the one that holds for both, or one after the other."""
+    values = [facts[name] for facts in (first, second) if name in facts]
+    if name == "without_tokens":
+        return json.dumps(sorted({layer for value in values for layer in json.loads(value)}))
+    return " + ".join(dict.fromkeys(part for value in values for part in value.split(" + ")))
 
 
 def _whole(count: Any) -> Any:

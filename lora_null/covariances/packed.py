@@ -119,6 +119,20 @@ class PackedMemory(PackedMatrices):
         return self._triangles[name]
 
 
+class PackedSums(PackedMatrices):
+    """Sums of the matrices of two, each made when asked for, in the wider of the two types."""
+
+    def __init__(self, first: PackedMatrices, second: PackedMatrices, names: Mapping[str, str]):
+        """Take the matrices of ``first``, and of ``second`` those that ``names`` says belong to them."""
+        self.dtype = torch.promote_types(first.dtype, second.dtype)
+        self.sides = dict(first.sides)
+        self._first, self._second, self._names = first, second, names
+
+    def packed(self, name: str) -> Tensor:
+        """Add two triangles."""
+        return self._first.packed(name).to(self.dtype) + self._second.packed(self._names[name]).to(self.dtype)
+
+
 def write_packed(path: Path, matrices: PackedMatrices, metadata: dict[str, str]) -> None:
     """Stream packed lower triangles into one safetensors file, atomically; an existing file is replaced.
 

@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 from adapter_tools import R, ids
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import lora_null
 from lora_null import LoraNullConfig, null_basis
 from lora_null.adapters import export_adapter
-from lora_null.adapters.basis import BasisFactor
+from lora_null.adapters.basis import BasisFactor, FreeDirections
 from lora_null.adapters.layer import adapter_layers
 
 ENERGIES = [0.9, 0.99]
@@ -237,3 +239,64 @@ def test_quantised_bases_keep_their_product(llama, found):
     lora_null.initialize(model, found, config(target_modules=["down_proj"]), progress=False)
     learn(model)
     assert max(leaks(model, found, 0.99)) < 1e-6
+
+
+def test_tasks_in_a_row_leave_each_other_alone(llama, found, token_batches):
+    """The second task's adapter reads nothing of the first one's text, and both together are the sum."""
+    model, pretrained = llama(), llama()
+    kept, shift = found, []
+    for seed in (11, 12):
+        before = copy.deepcopy(model)
+        lora_null.initialize(model, kept, config(0.9), progress=False)
+        assert max(leaks(learn(model, 5, first=seed), kept, 0.9)) < 1e-6
+        lora_null.merge(model)
+        shift.append({n: p.detach() - dict(before.named_parameters())[n] for n, p in model.named_parameters()})
+        # Of the weights as they are now, so that nothing warns.
+        text = [batch + 8 * (seed - 10) for batch in token_batches(vocab_size=8, seed=seed)]
+        kept = kept + lora_null.calibrate(model, text, progress=False)
+    for name, weight in model.named_parameters():
+        want = dict(pretrained.named_parameters())[name] + shift[0][name] + shift[1][name]
+        torch.testing.assert_close(weight, want, rtol=0, atol=1e-6)
+    room = [sum(null_basis(C, 0.9).k for _, C in text.items()) for text in (found, kept)]
+    assert room[1] < room[0]
+
+
+def test_sums_do_not_warn_of_the_merged_model(llama, found, caplog):
+    merged = lora_null.merge(learn(started(llama, found)))
+    text = lora_null.calibrate(merged, [ids(5)], progress=False)
+    lora_null.initialize(copy.deepcopy(merged), found + text, config(0.5), progress=False)
+    assert "other weights" not in caplog.text
+    lora_null.initialize(copy.deepcopy(merged), found, config(0.5), progress=False)
+    assert "other weights" in caplog.text
+
+
+@given(
+    d=st.integers(2, 24),
+    tokens=st.integers(1, 40),
+    r=st.integers(1, 6),
+    m=st.integers(1, 12),
+    energy=st.floats(0, 0.999),
+    decay=st.floats(0, 3),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_bound_holds_whatever_is_learned(d, tokens, r, m, energy, decay, seed):
+    """|dW X|_F <= |B C|_2 (sum of the free eigenvalues)^(1/2), and nothing on what is protected."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, d + 1, dtype=torch.float64) ** -decay
+    X = scale[:, None] * torch.randn(d, tokens, generator=generator, dtype=torch.float64)
+    try:
+        free = null_basis(X @ X.mT, energy)
+    except ValueError:
+        assume(False)
+    factor = BasisFactor(torch.zeros(r, d, dtype=torch.float64), FreeDirections(free, dtype=torch.float64))
+    B = torch.randn(m, r, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        factor.coefficients.copy_(torch.randn(factor.coefficients.shape, generator=generator, dtype=torch.float64))
+        update = B @ factor.weight
+        # C N^T has the singular values of C, however it is held.
+        limit = float(torch.linalg.matrix_norm(update, 2)) * max(free.energy_left, 0.0) ** 0.5
+        rounding = 1e-12 * float(update.norm() * X.norm())
+        assert float((update @ X).norm()) <= limit + rounding
+        P = torch.linalg.eigh(X @ X.mT)[1][:, free.k :]
+        assert float((update @ P).norm()) <= 1e-7 * float(update.norm())

@@ -64,7 +64,8 @@ def test_methods_start_from_the_model_and_train_what_they_should(name, llama, to
 
 
 def test_layers_with_less_room_get_smaller_ranks(llama, token_batches):
-    start = start_of(llama(), token_batches(vocab_size=8), r=36)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in token_batches(vocab_size=8)]
+    start = start_of(llama(), batches, r=36)
     adapted = null_basis(llama(), start, 0.99)
     ranks = {name: len(p) for name, p in adapted.named_parameters() if name.endswith("coefficients")}
     assert len(ranks) == 14 and min(ranks.values()) < 36 == max(ranks.values())

@@ -258,3 +258,24 @@ def test_contradictory_arguments_are_refused():
             Covariances({"a": eye}, {"a": ("a",)}, {"a": tokens})
     with pytest.raises(ValueError, match="to strings"):
         Covariances({"a": eye}, {"a": ("a",)}, {"a": 1}, {"batches": 3})
+
+
+def test_sums_are_those_of_both_texts(tmp_path):
+    first, second = _covariances(), _covariances(torch.float64)
+    second.metadata.update(model="other", without_tokens='["head"]')
+    both = first + second
+    assert both.groups == first.groups and both.tokens == {key: 2 * count for key, count in first.tokens.items()}
+    assert both.metadata == {"model": "toy + other", "without_tokens": '["head"]'}
+    both.save(tmp_path / "both")
+    for found in (both, Covariances.load(tmp_path / "both")):
+        for key, matrix in found.items():
+            assert matrix.dtype == torch.float64
+            assert torch.equal(matrix, first[key].double() + second[key])
+    assert torch.equal((both + first)["layers.0.k"], both["layers.0.q"] + first["layers.0.q"].double())
+    assert (both + first).metadata["model"] == "toy + other"
+    with pytest.raises(ValueError, match=r"other layers cannot be added: layers.0.q has d=5 and d=6"):
+        first + _covariances(sizes=(6, 1, 8))
+    with pytest.raises(ValueError, match=r"other layers cannot be added: \['layers.2.k', 'layers.2.q'\]"):
+        first + _covariances(sizes=(5, 1))
+    with pytest.raises(TypeError):
+        first + 1
