@@ -72,9 +72,15 @@ def keys_of(model: nn.Module) -> dict[str, str]:
     for name, tensor in tensors_of(model).items():
         if _comparable(tensor):
             if id(tensor) not in keys:
-                keys[id(tensor)] = tensor_key(tensor, sampled=name in weights)
+                keys[id(tensor)] = _keys(tensor) if name not in weights else tensor_key(tensor, sampled=True)
             found[name] = keys[id(tensor)]
     return found
+
+
+def _keys(tensor: Tensor) -> str:
+    """Hash a tensor in its own dtype, and as what it may be converted to before it is saved."""
+    narrower = (torch.bfloat16, torch.float16) if tensor.element_size() > 2 else ()
+    return "|".join(tensor_key(tensor.detach().to(dtype)) for dtype in (tensor.dtype, *narrower))
 
 
 def selected(names: Iterable[str], wishes: Iterable[str]) -> set[str]:
@@ -119,6 +125,11 @@ def require_modules(model: nn.Module, wishes: Iterable[str], adapted: Iterable[s
     return chosen
 
 
+def changed_since(model: nn.Module, before: Mapping[str, str]) -> set[str]:
+    """Return the tensors outside the adapters that have other values than those that :func:`keys_of` has hashed."""
+    return {name for name, tensor in tensors_of(model).items() if differs(tensor, before.get(name))}
+
+
 @torch.no_grad()
 def extras_of(model: nn.Module, before: Mapping[str, str], modules_to_save: Iterable[str]) -> Extras:
     """Collect what was trained besides the factors: what requires gradients or differs from ``before``.
@@ -128,7 +139,18 @@ def extras_of(model: nn.Module, before: Mapping[str, str], modules_to_save: Iter
     """
     adapted = {plain_name(name) for name in adapter_layers(model)}
     tensors = tensors_of(model)
-    changed = [name for name, tensor in tensors.items() if tensor.requires_grad or differs(tensor, before.get(name))]
+    changed = changed_since(model, before)
+    changed |= {name for name, tensor in tensors.items() if tensor.requires_grad}
+    # What was put into the model later is in no base either.
+    changed |= {
+        name
+        for name, tensor in tensors.items()
+        if before
+        and name not in before
+        and name.rpartition(".")[0] not in adapted
+        and isinstance(tensor, nn.Parameter)
+        and _comparable(tensor)
+    }
     chosen, extras = choose(tensors, changed, adapted, modules_to_save)
     return replace(extras, tensors={name: gathered(tensors[name]).detach() for name in chosen})
 
@@ -186,12 +208,22 @@ def _comparable(tensor: Any) -> bool:
 
 
 def differs(tensor: Tensor, before: str | None) -> bool:
-    """Tell whether a tensor has other values than those of ``before``; not where it was converted or flattened."""
+    """Tell whether a tensor has other values than those of ``before``, converted or not; not where it was flattened."""
     if before is None or not _comparable(tensor):
         return False
-    now = tensor_key(tensor, sampled=before.startswith("sample"))
-    (kind, shape), (kind_before, shape_before) = (key.split(":")[:2] for key in (now, before))
-    return now != before and kind == kind_before and shape.count(",") == shape_before.count(",")
+    sampled, known = before.startswith("sample"), {_kind(key): key for key in before.split("|")}
+    now = tensor_key(tensor, sampled=sampled)
+    kind, first = _kind(now), next(iter(known))
+    own = getattr(torch, first, None)
+    if kind not in known and isinstance(own, torch.dtype) and tensor.element_size() >= own.itemsize:
+        # Wider than it was: back in its own dtype it has the same bits.
+        now, kind = tensor_key(tensor.to(own), sampled=sampled), first
+    then = known.get(kind)
+    return then is not None and now != then and now.count(",") == then.count(",")
+
+
+def _kind(key: str) -> str:
+    return key.removeprefix("sample ").split(":")[0]
 
 
 def place_extras(model: nn.Module, extras: Extras, adapted: Iterable[str], source: str) -> dict[str, Tensor]:
@@ -204,7 +236,9 @@ def place_extras(model: nn.Module, extras: Extras, adapted: Iterable[str], sourc
         ValueError: They do not fit the model, or would change what is not in the file.
     """
     tensors = tensors_of(model)
-    wanted = require_modules(model, extras.modules_to_save, adapted, f"{source}: modules_to_save")
+    # PEFT itself writes both of its names for a classifier's head, and passes over the one that the model lacks.
+    known = [wish for wish in extras.modules_to_save if selected(tensors, [wish])]
+    wanted = require_modules(model, known, adapted, f"{source}: modules_to_save")
     missing = [name for name in tensors if inside(name, wanted) and name not in extras.tensors]
     if missing:
         raise ValueError(

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.extras import changed_since
 from ..adapters.layer import adapter_layers, disable_adapters
 from ..adapters.plain import SHIFTING
-from ..adapters.state import INITIAL
+from ..adapters.state import INITIAL, get_state
+from ..models.wrappers import unwrapped
 
 
 def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
@@ -27,6 +29,13 @@ def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
                 "base is the model itself; expected the pre-trained model, or None to switch adapters off."
             )
         return
+    state = get_state(unwrapped(model)) if adapter_layers(model) else None
+    besides = changed_since(unwrapped(model), state.before) - set(state.originals) if state else set()
+    if besides:
+        raise ValueError(
+            f"{len(besides)} tensors outside the adapters have changed, for instance {min(besides)}, so that the model "
+            "with its adapters off is not the pre-trained one. Pass base=, the pre-trained model."
+        )
     layers = _peft_layers(model)
     if not adapter_layers(model) and not layers and not hasattr(model, "peft_config"):
         raise ValueError(

@@ -205,6 +205,56 @@ def test_modules_that_cannot_train_whole(llama, token_batches, modules, match):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_module_that_was_put_in_later_is_kept(llama, token_batches, tmp_path):
+    """Frozen already when the adapter is saved, and in no base: only the file can hold it."""
+    model = trained(llama, token_batches)
+    model.extra = nn.Linear(4, 3).requires_grad_(False)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"holds extra\..* has nothing of that name"):
+        lora_null.load_adapter(llama(), tmp_path / "adapter")
+    base = llama()
+    base.extra = nn.Linear(4, 3)
+    lora_null.load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(base.extra.weight, model.extra.weight)
+
+
+def test_heads_as_peft_saves_them_are_read(token_batches, tmp_path):
+    """PEFT names ``classifier`` and ``score``, of which a model has one."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    peft_model = learn(get_peft_model(classifier(token_batches), config).eval(), "score.modules_to_save.default.weight")
+    peft_model.save_pretrained(tmp_path / "theirs")
+    expected = peft_model(ids()).logits
+    resumed = lora_null.load_adapter(classifier(token_batches), tmp_path / "theirs", is_trainable=True)
+    torch.testing.assert_close(resumed(ids()).logits, expected, rtol=1e-5, atol=1e-5)
+    assert resumed.score.weight.requires_grad
+    lora_null.save_adapter(resumed, tmp_path / "ours")
+    again = lora_null.load_adapter(classifier(token_batches), tmp_path / "ours")
+    torch.testing.assert_close(again(ids()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_learned_besides_has_no_pretrained_state(llama, token_batches):
+    from lora_null.evaluation.pretrained import require_comparable
+
+    model = trained(llama, token_batches)
+    require_comparable(model, None)
+    with pytest.raises(ValueError, match=r"not the pre-trained one\. Pass base="):
+        require_comparable(frozen_again(model), None)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize(("first", "then"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")])
+def test_a_conversion_hides_nothing_and_is_no_change(llama, token_batches, tmp_path, learned, first, then):
+    model = trained(llama, token_batches, dtype=getattr(torch, first))
+    if learned:
+        frozen_again(model)
+    lora_null.save_adapter(model.to(getattr(torch, then)), tmp_path / "adapter")
+    held = {name for name in load_file(tmp_path / "adapter/adapter_model.safetensors") if "lora_" not in name}
+    assert len(held) == (5 if learned else 0) and all("norm" in name for name in held)
+
+
 def test_tied_weights_are_not_loaded_by_halves(llama, token_batches, tmp_path):
     model = embeddings(trained(llama, token_batches))
     lora_null.save_adapter(model, tmp_path / "adapter")
