@@ -140,11 +140,6 @@ def _check_layer(name: str, layer: Any, target: Target | None, adapter_name: str
             f"The adapter {adapter_name!r} of {name} has r={layer.r[adapter_name]}, but its factors have {rows} rows: "
             "expected as many. prepare_model_for_compiled_hotswap pads them; initialise before it."
         )
-    if layer.lora_A[adapter_name].weight.is_meta:
-        raise ValueError(
-            f"The adapter {adapter_name!r} of {name} is on the meta device, where it has no values; expected them in "
-            "memory. Leave low_cpu_mem_usage out where the adapter is made."
-        )
     if adapter_name in getattr(layer, "lora_variant", {}):
         raise ValueError(f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA.")
 
