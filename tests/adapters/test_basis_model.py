@@ -300,3 +300,37 @@ def test_the_bound_holds_whatever_is_learned(d, tokens, r, m, energy, decay, see
         assert float((update @ X).norm()) <= limit + rounding
         P = torch.linalg.eigh(X @ X.mT)[1][:, free.k :]
         assert float((update @ P).norm()) <= 1e-7 * float(update.norm())
+
+
+def test_a_trainer_resumes_to_the_same_bits(llama, found, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    def run(folder, resume=None):
+        options = TrainingArguments(
+            str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+            use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in torch.cat([ids(seed) for seed in range(4)])]
+        trainer = Trainer(started(llama, found), options, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    straight = run(tmp_path / "run")
+    resumed = run(tmp_path / "again", str(tmp_path / "run" / "checkpoint-2"))
+    for mine, theirs in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    export_adapter(tmp_path / "run" / "checkpoint-4", tmp_path / "exported")
+    loaded = lora_null.load_adapter(llama(), tmp_path / "exported")
+    torch.testing.assert_close(logits(loaded), logits(straight), rtol=0, atol=1e-5)
+
+
+def test_compiled_and_checkpointed_it_learns_the_same(llama, found):
+    torch._dynamo.reset()
+    want = learn(started(llama, found))
+    compiled = started(llama, found)
+    learn(torch.compile(compiled, backend="aot_eager"))
+    checkpointed = started(llama, found).train()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    learn(checkpointed)
+    for model in (compiled, checkpointed):
+        torch.testing.assert_close(logits(model), logits(want), rtol=0, atol=1e-4)

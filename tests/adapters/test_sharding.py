@@ -51,6 +51,15 @@ def test_training_is_that_of_one_process(results, work):
         assert_trained_alike(case, found)
 
 
+def test_factors_that_learn_within_their_directions(results):
+    for found in results("null_basis"):
+        for name in ("merged", "saved"):
+            assert found.pop(name) <= 1e-5, name
+        assert len(found) == 6
+        for case, figures in found.items():
+            assert_trained_alike(case, figures)
+
+
 def test_fsdp1_trains_and_saves_whole_parameters_only(results):
     for found in results("fsdp1_training"):
         for freeze_a in (True, False):

@@ -79,6 +79,47 @@ def ddp_training(found, folder):
     return results
 
 
+def null_basis(found, folder):
+    """A learns within its free directions: trained, saved, merged and continued in shards."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    config = LoraNullConfig(r=5, lora_alpha=10, train="b_in_basis", energy=0.5)
+
+    def make():
+        return lora_null.initialize(make_llama(), found, config, progress=False).train()
+
+    results, one, start = {}, make(), make()
+    want = train(one, 3, alone=True)
+    for case, wrap in {
+        "fsdp2": fsdp2,
+        "fsdp2 bf16": lambda model: fsdp2(model, torch.bfloat16),
+        "fsdp2 checkpointed": lambda model: fsdp2(checkpointed(model)),
+        "ddp checkpointed": lambda model: DistributedDataParallel(checkpointed(model)),
+        "ddp": DistributedDataParallel,
+    }.items():
+        many = make()
+        results[case] = compare(one, many, start, want, train(wrap(many), 3))
+    half, options = fsdp2(make()), StateDictOptions(full_state_dict=True)
+    optimizer = optimizer_of(half)
+    first = train(half, 2, optimizer=optimizer)
+    states = get_state_dict(half, optimizer, options=options)
+    many = fsdp2(make())
+    optimizer = optimizer_of(many)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_state_dict(many, optimizer, model_state_dict=states[0], optim_state_dict=states[1], options=options)
+    results["continued"] = compare(one, many, start, want, first + train(many, 1, optimizer=optimizer, first=2))
+    lora_null.save_adapter(many, folder / "basis")
+    lora_null.merge(many)
+    lora_null.merge(one)
+    pairs = zip(many.parameters(), one.parameters(), strict=True)
+    results["merged"] = max(float((whole(p) - q).detach().abs().max()) for p, q in pairs)
+    plain = lora_null.merge(lora_null.load_adapter(make_llama(), folder / "basis"))
+    results["saved"] = max(
+        float((p - q).detach().abs().max()) for p, q in zip(plain.parameters(), one.parameters(), strict=True)
+    )
+    return results
+
+
 def fsdp1_training(found, folder):
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -318,6 +359,7 @@ def with_accelerate(found, folder):
 WORK = (
     fsdp2_training,
     ddp_training,
+    null_basis,
     fsdp1_training,
     saving,
     merging,
