@@ -101,7 +101,7 @@ class BasisFactor(nn.Module):
         Raises:
             ValueError: ``start`` has another width, or lies outside the free directions.
         """
-        super().__init__()
+        nn.Module.__init__(self)
         self.directions = directions
         self.coefficients = nn.Parameter(self._coordinates(start), requires_grad=trainable)
         self._made: _Made | None = None
@@ -218,10 +218,12 @@ class BasisFactor(nn.Module):
         return made.A
 
 
-def factor_within(name: str, start: Tensor, directions: FreeDirections) -> BasisFactor:
-    """Make a :class:`BasisFactor`, with the name of the layer in its errors."""
+def factor_within(
+    name: str, start: Tensor, directions: FreeDirections, kind: type[BasisFactor] | None = None
+) -> BasisFactor:
+    """Make a :class:`BasisFactor`, or one of its ``kind``, with the name of the layer in its errors."""
     try:
-        return BasisFactor(start, directions)
+        return (kind or BasisFactor)(start, directions)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -93,9 +93,8 @@ def load_adapter(
     trained = {name for name in placed if is_trainable and is_trained(name, extras, base_model)}
     directions: dict[str, FreeDirections] = {}
     if is_trainable and config.train == "b_in_basis":
-        require_covariances(folder, covariances)
-        assert covariances is not None
-        directions = directions_of(survey(base_model).linears, ranks, covariances, config)
+        known = require_covariances(folder, covariances)
+        directions = directions_of(survey(base_model).linears, ranks, known, config)
     made: dict[str, tuple[Tensor | BasisFactor, Tensor, tuple[Tensor, Tensor] | None]] = {}
     for name, target in targets.items():
         home, r, wide = home_of(target.linear), ranks[name], torch.promote_types(adapter_dtype, torch.float32)
@@ -151,14 +150,15 @@ def load_adapter(
     return wrapper
 
 
-def require_covariances(folder: Path, covariances: Covariances | None) -> None:
+def require_covariances(source: Path | str, covariances: Covariances | None) -> Covariances:
     """Refuse to go on without the covariances that say which directions are free."""
     if covariances is None:
         raise ValueError(
-            f"{folder} was trained within the free directions of covariances (train='b_in_basis'), and without these "
+            f"{source} was trained within the free directions of covariances (train='b_in_basis'), and without these "
             "it is not known which they are. Pass covariances=Covariances.load(...), those of the run, or load it with "
             "is_trainable=False."
         )
+    return covariances
 
 
 def _rank(name: str, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig, stacked: bool) -> int:

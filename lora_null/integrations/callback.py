@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..adapters.basis import BasisFactor
 from ..adapters.layer import adapter_layers
 from ..adapters.state import INITIAL
 from ..peft.layers import freeze_lora_A, lora_layers
@@ -42,9 +43,11 @@ class KeepFrozen(TrainerCallback):
         if model is None or adapter_layers(model):
             return
         for name, layer in lora_layers(model, self.adapter_name).items():
-            if self.adapter_name in getattr(layer, INITIAL, {}):
+            within = isinstance(layer.lora_A[self.adapter_name], BasisFactor)
+            if within or self.adapter_name in getattr(layer, INITIAL, {}):
+                how = "train='b_in_basis'" if within else "freeze_a=False, on a shifted base"
                 raise ValueError(
-                    f"{name} was initialised with freeze_a=False, on a shifted base, where A is trained; KeepFrozen "
+                    f"{name} was initialised with {how}, where A is trained; KeepFrozen "
                     "would freeze it. Leave the callback out, or start again with freeze_a=True."
                 )
         freeze_lora_A(model, self.adapter_name)

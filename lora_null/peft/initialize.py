@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..adapters.basis import FreeDirections
 from ..adapters.delta import require_shift, shift_base
 from ..adapters.plain import SHIFTING
 from ..adapters.start import start_factors
@@ -20,12 +21,15 @@ from ..models.refusals import Target, require_finite
 from ..models.targets import survey
 from ..system.distributed import announcing_failure
 from ..system.log import warn_once
+from .basis import BasisLinear
 from .layers import base_of, freeze, lora_layers, lora_modules
 from .recipe import recipe_of
 from .record import remember
 from .untouched import initial_of
 
 Model = TypeVar("Model", bound=nn.Module)
+# As calibrated on the plain model, on the one inside PEFT's, or on the whole.
+ALIASES = ("{}", "{}.base_layer", "base_model.model.{}.base_layer", "base_model.model.{}")
 
 
 @takes(peft_model=nn.Module, covariances=Covariances)
@@ -33,7 +37,11 @@ def initialize_lora_null_weights(
     peft_model: Model,
     covariances: Covariances,
     *,
-    freeze_a: bool = True,
+    freeze_a: bool | None = None,
+    train: str | None = None,
+    energy: float | None = None,
+    task: Covariances | None = None,
+    basis_dtype: str = "float32",
     adapter_name: str = "default",
     method: str = "auto",
     seed: int = 0,
@@ -41,11 +49,12 @@ def initialize_lora_null_weights(
 ) -> Model:
     """Overwrite the LoRA weights of ``peft_model`` with a LoRA-Null start.
 
-    With ``freeze_a`` the base is untouched, ``lora_A`` is the null-space factor and stays frozen through
-    ``set_adapter`` and ``disable_adapter``, and ``lora_B`` is zero: an exact no-op, on a quantised base too.
-    Otherwise the base weights are shifted in place: ``disable_adapter`` and further adapters then see the shifted
-    base. What is saved fits the untouched base in both modes, by :func:`save_adapter` as by the model's own
-    ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
+    With ``train="b"``, the default, the base is untouched, ``lora_A`` is the null-space factor and stays frozen through
+    ``set_adapter`` and ``disable_adapter``, and ``lora_B`` is zero: an exact no-op, on a quantised base too. So it is
+    with ``"b_in_basis"``, where ``lora_A`` is a layer whose ``weight`` is made of coefficients and learns within the
+    free directions. With ``"ab"`` the base weights are shifted in place: ``disable_adapter`` and further adapters then
+    see the shifted base. What is saved fits the untouched base in all modes, by :func:`save_adapter` as by the model's
+    own ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
 
     What the ``LoraConfig`` adds to LoRA on linear layers is left as PEFT starts it: ``lora_bias``, adapters on
     embeddings and, by ``target_parameters``, on whole parameters, ``trainable_token_indices``, ``modules_to_save``.
@@ -54,7 +63,11 @@ def initialize_lora_null_weights(
         peft_model: From ``get_peft_model`` with a ``LoraConfig``, or a model of transformers after ``add_adapter``, or
             any after ``inject_adapter_in_model``; ranks and scaling may differ between layers.
         covariances: From :func:`lora_null.calibrate` on the base model.
-        freeze_a: Train ``lora_B`` only.
+        freeze_a: Short for ``train="b"``, and for ``"ab"``; see :class:`lora_null.LoraNullConfig`, as for the next.
+        train: What learns.
+        energy: Share of the energy to protect.
+        task: As for :func:`lora_null.initialize`.
+        basis_dtype: Of the free directions in memory.
         adapter_name: Which adapter to overwrite.
         method: Passed to :func:`lora_null.null_space`.
         seed: Seed of the solver.
@@ -67,41 +80,42 @@ def initialize_lora_null_weights(
         ValueError: The model has no plain LoRA layer of that name, its base weights are not the pre-trained ones, or
             the covariances do not fit it. Nothing is changed then.
     """
+    options = LoraNullConfig(freeze_a=freeze_a, train=train, energy=energy, basis_dtype=basis_dtype, seed=seed)
     layers = lora_layers(peft_model, adapter_name)
-    linears = _linears(peft_model)
+    linears = linears_of(peft_model)
     with announcing_failure():
         _check_base(peft_model)
         for name, layer in layers.items():
             _check_layer(name, layer, linears.get(name), adapter_name)
-        config = recipe_of(peft_model, adapter_name, LoraNullConfig(freeze_a=freeze_a, seed=seed))
+        config = recipe_of(peft_model, adapter_name, options)
     start = start_factors(
         linears,
         {name: layer.r[adapter_name] for name, layer in layers.items()},
         covariances,
         config,
-        # As calibrated on the plain model, on the one inside PEFT's, or on the whole.
-        aliases=("{}", "{}.base_layer", "base_model.model.{}.base_layer", "base_model.model.{}"),
+        task=task,
+        aliases=ALIASES,
         method=method,
         progress=progress,
     )
     with announcing_failure():
         for name, layer in layers.items():
-            start.factors[name] = _as_stored(name, layer, *start.factors[name], adapter_name, freeze_a)
+            start.factors[name] = _as_stored(name, layer, *start.factors[name], adapter_name, config.train)
     # The model changes from here on, and nothing below can fail on the user's input.
     for name, layer in layers.items():
-        _put(layer, *start.factors.pop(name), adapter_name, freeze_a)
-    if not freeze_a:
+        _put(layer, *start.factors.pop(name), adapter_name, config.train, start.directions.get(name))
+    if config.train == "ab":
         warn_once(
             "shifted-peft-base",
             "The base weights were shifted by the initial adapters: disable_adapter() and other adapters on this model "
             "now see the shifted base. save_pretrained and lora_null.peft.save_adapter write this adapter for the "
             "untouched base.",
         )
-    remember(peft_model, adapter_name, AdapterState(config, start.base_fingerprint, start.energies))
+    remember(peft_model, adapter_name, AdapterState(config, start.base_fingerprint, start.energies, free=start.free))
     return peft_model
 
 
-def _linears(peft_model: nn.Module) -> dict[str, Target]:
+def linears_of(peft_model: nn.Module) -> dict[str, Target]:
     """Return the linear layers by their names in the base model without its adapters."""
     linears = survey(base_of(peft_model)).linears
     plain = {name: ".".join(part for part in name.split(".") if part != "base_layer") for name in linears}
@@ -146,7 +160,7 @@ def _check_layer(name: str, layer: Any, target: Target | None, adapter_name: str
 
 @torch.no_grad()
 def _as_stored(
-    name: str, layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, freeze_a: bool
+    name: str, layer: Any, initial_A: Tensor, initial_B: Tensor, adapter_name: str, train: str | None
 ) -> tuple[Tensor, Tensor]:
     """Return the factors as the layer holds them; ValueError where they, or the shift, exceed the range of a dtype."""
     parts = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
@@ -154,20 +168,28 @@ def _as_stored(
     stored_A, stored_B = (new.to(own.device, own.dtype) for new, own in zip((initial_A, initial_B), parts, strict=True))
     advice = f" in {stored_A.dtype}, so nothing was changed. Keep the adapters in fp32 (autocast_adapter_dtype=True)."
     require_finite(f"The start of {name}", stored_A, stored_B, advice)
-    if not freeze_a:
+    if train == "ab":
         require_shift(name, layer.get_base_layer(), stored_A, stored_B, -float(layer.scaling[adapter_name]))
     return stored_A, stored_B
 
 
 @torch.no_grad()
-def _put(layer: Any, stored_A: Tensor, stored_B: Tensor, adapter_name: str, freeze_a: bool) -> None:
+def _put(
+    layer: Any, A: Tensor, B: Tensor, adapter_name: str, train: str | None, directions: FreeDirections | None
+) -> None:
     base, scaling = layer.get_base_layer(), float(layer.scaling[adapter_name])
     allow_gradients([base])
-    layer.lora_A[adapter_name].weight.copy_(stored_A)
-    if freeze_a:
+    if directions is not None:
+        layer.lora_A[adapter_name] = BasisLinear(A, directions)
+    elif isinstance(layer.lora_A[adapter_name], BasisLinear):
+        layer.lora_A[adapter_name] = nn.Linear(A.shape[1], A.shape[0], bias=False, device=A.device, dtype=A.dtype)
+    if directions is None:
+        layer.lora_A[adapter_name].weight.copy_(A)
+    if train != "ab":
         layer.lora_B[adapter_name].weight.zero_()
-        freeze(layer, adapter_name)
+        if train == "b":
+            freeze(layer, adapter_name)
         return
-    layer.lora_B[adapter_name].weight.copy_(stored_B)
-    shift_base(base, stored_A, stored_B, -scaling)
-    setattr(layer, INITIAL, {adapter_name: (stored_A, stored_B, scaling)})
+    layer.lora_B[adapter_name].weight.copy_(B)
+    shift_base(base, A, B, -scaling)
+    setattr(layer, INITIAL, {adapter_name: (A, B, scaling)})

@@ -15,6 +15,7 @@ from ..adapters.extras import keys_of
 from ..adapters.names import PEFT_CONFIG
 from ..adapters.state import OWN_CONFIG, AdapterState, set_state
 from ..config import LoraNullConfig
+from .basis import drop_coefficients, learns_within
 from .complete import require_complete
 from .layers import lora_layers
 from .recipe import recipe_of, scale_B, with_recipe
@@ -106,15 +107,17 @@ class SavePretrained:
             )
         require_complete(self.model, held_before(self.model), options.get("save_embedding_layers", "auto"))
         with ExitStack() as stack:
-            if is_shifted(self.model):
+            shifted = is_shifted(self.model)
+            if shifted or learns_within(self.model):
                 given = options.get("state_dict")
-                state_dict = dict(self.model.state_dict() if given is None else given)
+                options["state_dict"] = state_dict = dict(self.model.state_dict() if given is None else given)
                 for name in folders:
+                    drop_coefficients(state_dict, name)
+                for name in folders if shifted else ():
                     settings, stacked = for_untouched_base(self.model, name, state_dict)
                     stack.enter_context(_set(self.model.peft_config[name], settings))
                     state = states[name]
                     states[name] = None if state is None else replace(state, stacked=stacked)
-                options["state_dict"] = state_dict
             writes = options.get("is_main_process", True)
             for folder in folders.values() if writes else ():
                 # Of another adapter, or of this one as it was: without it a folder is an ordinary adapter's.

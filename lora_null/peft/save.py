@@ -21,6 +21,7 @@ from ..config import LoraNullConfig
 from ..models.arguments import PATH, takes
 from ..models.weights import gathered
 from ..models.wrappers import plain_name, unwrapped
+from .basis import drop_coefficients
 from .complete import named_tensors, require_complete
 from .layers import base_names, holds_linear, lora_layers, lora_modules
 from .recipe import recipe_of
@@ -148,7 +149,9 @@ def _beside(
 ) -> dict[str, Tensor]:
     """Return what PEFT writes of the adapter beside the factors of linear layers, by name on disk."""
     # The parameters, and not their state dict: where they are divided, it has nothing that could be gathered.
-    tensors = get_peft_model_state_dict(peft_model, named_tensors(peft_model), adapter_name)
+    named = named_tensors(peft_model)
+    drop_coefficients(named, adapter_name)
+    tensors = get_peft_model_state_dict(peft_model, named, adapter_name)
     if not isinstance(peft_model, PeftModel):
         tensors = {PREFIX + key: tensor for key, tensor in tensors.items()}
     for name in factors:

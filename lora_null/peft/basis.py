@@ -1,0 +1,33 @@
+"""``lora_A`` of PEFT's layers where it learns within its free directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters.basis import BasisFactor, FreeDirections
+
+
+class BasisLinear(BasisFactor, nn.Linear):  # type: ignore[override]
+    """A linear layer without bias whose ``weight`` is made of coefficients, for PEFT a ``lora_A`` like any other.
+
+    On disk it is ``lora_A.weight`` as well: its coefficients go into no adapter's file.
+    """
+
+    def __init__(self, start: Tensor, directions: FreeDirections):
+        """Begin at ``start (r, d)``; errors as in :class:`BasisFactor`."""
+        super().__init__(start, directions)
+        self.out_features, self.in_features = start.shape
+        self.register_parameter("bias", None)
+
+
+def drop_coefficients(state_dict: dict[str, Any], adapter_name: str) -> None:
+    """Take out of a model's state dict what PEFT may not write: ``weight``, which they make, is written instead."""
+    for key in [key for key in state_dict if key.endswith(f".lora_A.{adapter_name}.coefficients")]:
+        del state_dict[key]
+
+
+def learns_within(model: nn.Module) -> bool:
+    """Tell whether some adapter of the model learns within free directions."""
+    return any(isinstance(module, BasisLinear) for module in model.modules())
