@@ -17,6 +17,7 @@ from ..models.arguments import PATH, takes
 from ..models.weights import is_distributed
 from ..models.wrappers import plain_name, unwrapped
 from ..system.distributed import in_first_process
+from ..system.log import logger
 from .extras import extras_of
 from .files import Adapter
 from .layer import LoraNullLinear, LowRankFactor, require_layers
@@ -57,7 +58,16 @@ def save_adapter(
         ValueError: The model carries no adapter, or one that holds NaN or Inf, in memory or in ``dtype``.
         FileExistsError: ``path`` exists and must not be replaced.
     """
-    model = unwrapped(model)
+    whole, model = model, unwrapped(model)
+    own = {id(parameter) for parameter in model.parameters()}
+    outside = [name for name, p in whole.named_parameters() if p.requires_grad and id(p) not in own]
+    if outside:
+        logger.warning(
+            "%d parameters outside the adapted model train, for instance %s; its adapter does not hold them. Save them "
+            "apart.",
+            len(outside),
+            outside[0],
+        )
     adapter = of_model(model, base_model_name_or_path)
     save_from(model, adapter, path, dtype=dtype, overwrite=overwrite)
 

@@ -255,6 +255,15 @@ def test_a_conversion_hides_nothing_and_is_no_change(llama, token_batches, tmp_p
     assert len(held) == (5 if learned else 0) and all("norm" in name for name in held)
 
 
+def test_what_trains_around_the_model_is_said(llama, token_batches, tmp_path, caplog):
+    whole = nn.ModuleDict({"model": trained(llama, token_batches), "value": nn.Linear(4, 1)})
+    lora_null.save_adapter(whole, tmp_path / "adapter")
+    assert "2 parameters outside the adapted model train, for instance value.weight" in caplog.text
+    caplog.clear()
+    lora_null.save_adapter(nn.ModuleDict({"model": whole["model"]}), tmp_path / "other")
+    assert not caplog.text
+
+
 def test_tied_weights_are_not_loaded_by_halves(llama, token_batches, tmp_path):
     model = embeddings(trained(llama, token_batches))
     lora_null.save_adapter(model, tmp_path / "adapter")
