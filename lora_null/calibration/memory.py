@@ -25,10 +25,17 @@ class Item:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory that calibration takes on top of the model and of one forward pass."""
+    """Memory that calibration takes on top of the model and of one forward pass.
+
+    Attributes:
+        title: What is planned.
+        items: What is kept while calibration runs.
+        later: What training keeps besides, where A learns within the free directions; in no total.
+    """
 
     title: str
     items: tuple[Item, ...]
+    later: tuple[Item, ...] = ()
 
     def total(self, device: torch.device | str) -> int:
         """Return the bytes on ``device``."""
@@ -43,6 +50,7 @@ class MemoryPlan:
         lines = [f"Memory plan: {self.title}"]
         lines += [f"  {readable(item.size):>10} on {item.device}: {item.what}" for item in self.items if item.size]
         lines += [f"  {readable(self.total(device)):>10} on {device} in total" for device in self.devices]
+        lines += [f"  {readable(item.size):>10} on {item.device} in training: {item.what}" for item in self.later]
         return "\n".join(lines)
 
     def check(self, limit: int | None, remedy: str) -> None:
@@ -74,6 +82,20 @@ def free_memory(device: torch.device) -> int | None:
             available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
         return 1024 * int(available[0]) if available else None
     return None
+
+
+def plan_directions(seen: Probe, dtype: torch.dtype) -> tuple[Item, ...]:
+    """Plan for the free directions in training: at most half of all in each group, or else the others are kept."""
+    counts = Counter((shape.device, shape.d) for shape in seen.inputs.values())
+    name = str(dtype).removeprefix("torch.")
+    return tuple(
+        Item(
+            f"free directions of {count} groups, at most ({d}, {d // 2}) {name}",
+            device,
+            count * d * (d // 2) * dtype.itemsize,
+        )
+        for (device, d), count in counts.items()
+    )
 
 
 def plan_streaming(seen: Probe, placement: Placement) -> MemoryPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..models.wrappers import uncompiled
 from .batches import Batch, first_tokens, to_device
 from .job import Job
 from .layerwise import plan_walk
-from .memory import MemoryPlan, plan_streaming
+from .memory import MemoryPlan, plan_directions, plan_streaming
 from .options import Options
 from .probe import Probe, probe
 
@@ -43,7 +44,8 @@ def memory_plan(
     Args:
         model: The model.
         batch: One batch.
-        config: As for :func:`calibrate`, like the other arguments.
+        config: As for :func:`calibrate`, like the other arguments. With ``train="b_in_basis"`` the plan says also what
+            the free directions take in training.
         tokens: ``B L`` summed over all batches, padding included; needed with ``low_memory``.
         device: See :func:`calibrate`.
         offload: See :func:`calibrate`.
@@ -69,10 +71,14 @@ def memory_plan(
         accumulate=accumulate,
         share_inputs=share_inputs,
     )
-    job = Job.of(uncompiled(model), config or LoraNullConfig(), options)
+    config = config or LoraNullConfig()
+    job = Job.of(uncompiled(model), config, options)
     first = job.reader.read(batch, 0)
     with evaluating(job.model):
-        return plan_for(job, [first], tokens=tokens or first.positions)[0]
+        plan, seen = plan_for(job, [first], tokens=tokens or first.positions)
+    if config.train != "b_in_basis":
+        return plan
+    return replace(plan, later=plan_directions(seen, getattr(torch, config.basis_dtype)))
 
 
 def plan_for(job: Job, batches: Sequence[Batch], *, tokens: int) -> tuple[MemoryPlan, Probe]:

@@ -226,6 +226,30 @@ def test_too_much_energy_is_refused_and_smaller_ranks_are_taken_where_asked(llam
     assert {name: layer.r for name, layer in adapter_layers(model).items()} == {n: min(42, k[n]) for n in k}
 
 
+def test_tasks_of_other_models_or_without_room_are_refused(llama, found, token_batches, caplog):
+    model = llama()
+    wide = lora_null.calibrate(llama(hidden_size=64), token_batches(), progress=False)
+    part = lora_null.calibrate(llama(), token_batches(), LoraNullConfig(target_modules=["q_proj"]), progress=False)
+    blind = {}
+    for key, C in found.items():
+        values, vectors = torch.linalg.eigh(C.double())
+        P = vectors[:, null_basis(C, 0.9).k :]
+        blind[key] = P @ torch.diag(values[-P.shape[1] :]) @ P.mT
+    nothing = lora_null.Covariances(blind, found.groups, found.tokens)
+    for other, message in (
+        (wide, r"covariance of model\.layers\.0\.self_attn\.q_proj has 64 features, but the layer reads 48"),
+        (part, r"The task covariances hold no entry for 12 of 14 target layers"),
+        (nothing, r"q_proj: null_space: task sees nothing in the \d+ free directions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora_null.initialize(model, found, config(0.9), task=other, progress=False)
+    assert not adapter_layers(model) and all(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    lora_null.initialize(model, found, config(0.9), task=found, progress=False)
+    assert "The task covariances were collected on other weights" in caplog.text
+
+
 def test_quantised_bases_keep_their_product(llama, found):
     class Special(nn.Linear):
         def forward(self, x):

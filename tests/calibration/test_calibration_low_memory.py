@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_null import LoraNullConfig, calibrate, memory_plan
+from lora_null import LoraNullConfig, calibrate, initialize, memory_plan
 
 # Tiny products are faster on one thread, and the bits of a sum depend on the number of threads.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,6 +210,18 @@ def test_the_plan_counts_what_is_allocated(queue_tokens, caplog):
     assert str(plan) in caplog.text
     only_down = LoraNullConfig(target_modules=["down_proj"])
     assert memory_plan(model, batch, only_down, queue_tokens=16, accumulate="fp64").total("cpu") == 8 * 4 * 56 * 56
+
+
+def test_the_plan_says_what_free_directions_take_in_training():
+    model, batch = llama(), padded_batches()[0]
+    config = LoraNullConfig(r=4, train="b_in_basis", energy=0.5, basis_dtype="bfloat16")
+    plan = memory_plan(model, batch, config)
+    assert plan.items == memory_plan(model, batch).items and not memory_plan(model, batch).later
+    assert [item.size for item in plan.later] == [12 * 32 * 16 * 2, 4 * 56 * 28 * 2]
+    assert "on cpu in training: free directions of 12 groups, at most (32, 16) bfloat16" in str(plan)
+    adapted = initialize(model, calibrate(model, [batch], progress=False), config, progress=False)
+    held = {id(m.directions): m.directions.held for m in adapted.modules() if hasattr(m, "directions")}
+    assert 0 < sum(N.numel() * N.element_size() for N in held.values()) <= sum(item.size for item in plan.later)
 
 
 def test_a_7b_model_fits_into_24_gb_by_accounting():
