@@ -2,7 +2,7 @@
 
 A figure stands between ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. ``NAME`` is a question, for
 instance ``null-space`` (measured on a CPU) or ``linear-gpu``; ``headline`` or ``headline-gpu``; ``growth``;
-``predictions``; ``plots``; or ``kept``, ``kept-best`` (:mod:`benchmarks.kept`).
+``predictions``; ``plots``; ``kept``, ``kept-best`` (:mod:`benchmarks.kept`); or ``retention``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from .environment import ROOT
 from .harness import Question, UsageError
 from .questions import registry
 from .questions.growth import fitted_exponent, joined
+from .retention import __main__ as retention
+from .retention import fronts
 
 MARKER = re.compile(r"(<!-- figures:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /figures:(?P=name) -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- figures:([\w-]+) -->")
@@ -134,6 +136,9 @@ def figure(name: str, entries: list[dict]) -> str:
         return predictions.text()
     if plain == "plots":
         return "\n".join(f"![{path.stem}](results/plots/{path.name})" for path in sorted(plots.FOLDER.glob("*.svg")))
+    if plain == "retention":
+        found = retention.read(retention.RESULTS)
+        return fronts.table(found) or UNMEASURED.format(device="result", command="python -m benchmarks.retention")
     if plain in ("kept", "kept-best"):
         found = kept.finished(kept.read())
         return kept.table(kept.best(found) if plain == "kept-best" else found)
@@ -143,7 +148,7 @@ def figure(name: str, entries: list[dict]) -> str:
         return growth_table(entries, gpu)
     if plain in registry():
         return question_table(entries, registry()[plain], gpu)
-    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best"]
+    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best", "retention"]
     known += [*registry(), *(f"{q}-gpu" for q in registry())]
     raise UsageError(f"there is no figure {name!r}; known are: {', '.join(known)}")
 
@@ -165,7 +170,11 @@ def fill(text: str, entries: list[dict]) -> str:
 
 def regenerate(entries: list[dict], root: Path = ROOT) -> int:
     """Draw the plots, then rewrite every figure in the documents of the repository."""
-    for path in [*plots.draw(entries), *kept.draw(kept.read())]:
+    drawn = []
+    for name, drawing in fronts.draw(retention.read(retention.RESULTS)):
+        drawn.append(kept.IMAGES / f"{name}.svg")
+        plots.save(drawing, drawn[-1])
+    for path in [*plots.draw(entries), *kept.draw(kept.read()), *drawn]:
         print(f"plot      {path.relative_to(ROOT)}")
     for pattern in DOCUMENTS:
         for path in sorted(root.glob(pattern)):

