@@ -107,7 +107,7 @@ def points(runs: Sequence[dict], before: dict, target: float) -> dict[str, Point
 
 def _kept(stops: Sequence[dict], before: dict) -> dict[str, Estimate]:
     """Return the mean, or the change, of each measure: items are resampled, seeds averaged for each item."""
-    kept = {}
+    kept: dict[str, Estimate] = {}
     for name, (_, changes) in KEPT.items():
         if before[name]:
             items = torch.tensor([stop[name] for stop in stops], dtype=torch.float64).mean(0)
