@@ -61,6 +61,8 @@ class LoraNullLinear(nn.Linear):
     initial_A: LowRankFactor | None
     initial_B: LowRankFactor | None
     scaling: float
+    # The scaling that the adapter was attached with, which configurations and so checkpoints state.
+    stated_scaling: float
     lora_dropout: float
     adapter_enabled: bool
     projection_group: ProjectionGroup | None = None
@@ -104,6 +106,17 @@ class LoraNullLinear(nn.Linear):
                 "distribute_tensor."
             )
         super().register_parameter(name, param)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Refuse a scaling set by hand: no state dict holds it, and it would be read under the one attached."""
+        if self.scaling != self.stated_scaling:
+            raise ValueError(
+                f"{prefix.removesuffix('.')}: scaling is {self.scaling:g}, set by hand, where the adapter was attached "
+                f"with {self.stated_scaling:g}; expected the same, for a state dict, and so a trainer's checkpoint, "
+                "holds no scaling. Write it with lora_null.save_adapter, which keeps it, or train with "
+                "LoraNullConfig(lora_alpha=..., alpha_pattern=...)."
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
         """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see ``delta.stack``."""
@@ -203,7 +216,7 @@ def attach_adapter(
     layer.lora_B = LowRankFactor(lora_B, trainable=True)
     layer.initial_A = None if initial is None else LowRankFactor(initial[0], trainable=False)
     layer.initial_B = None if initial is None else LowRankFactor(initial[1], trainable=False)
-    layer.scaling = float(scaling)
+    layer.scaling = layer.stated_scaling = float(scaling)
     layer.lora_dropout = float(lora_dropout)
     layer.adapter_enabled = True
     return layer
@@ -215,7 +228,7 @@ def detach_adapter(layer: LoraNullLinear) -> nn.Linear:
         layer.projection_group.leave(layer)
     for name in ("lora_A", "lora_B", "initial_A", "initial_B"):
         delattr(layer, name)
-    for name in ("scaling", "lora_dropout", "adapter_enabled", "projection_group"):
+    for name in ("scaling", "stated_scaling", "lora_dropout", "adapter_enabled", "projection_group"):
         layer.__dict__.pop(name, None)
     _set_class(layer, _base_class(type(layer)))
     return layer

@@ -137,3 +137,25 @@ def test_what_was_changed_by_hand_is_saved(llama, token_batches, tmp_path):
     assert [layer.scaling for layer in adapter_layers(resumed).values()] == [3.0] + [1.0] * 13
     assert all(layer.lora_A.weight.requires_grad for layer in adapter_layers(resumed).values())
     assert (resumed(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_checkpoint_with_a_scaling_set_by_hand_is_refused(llama, token_batches, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = trained(llama, token_batches)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
+    layer = adapter_layers(model)["model.layers.0.self_attn.q_proj"]
+    layer.scaling = 3.0
+    with pytest.raises(ValueError, match=r"q_proj: scaling is 3, set by hand, .* attached with 1; expected the same"):
+        trainer.save_model(str(tmp_path / "checkpoint"))
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = model(ids()).logits
+        again = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True)
+        torch.testing.assert_close(again(ids()).logits, wanted)
+    trainer = Trainer(again, TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    export_adapter(tmp_path / "checkpoint", tmp_path / "exported")
+    with torch.no_grad():
+        loaded = lora_null.load_adapter(llama(), tmp_path / "exported")
+        torch.testing.assert_close(loaded(ids()).logits, wanted)
