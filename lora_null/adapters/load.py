@@ -178,6 +178,12 @@ def _matching(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], fo
     for name, (lora_A, lora_B) in factors.items():
         target = linears.get(name)
         if target is None:
+            now = name.replace("language_model.model.", "model.language_model.", 1)
+            if now in linears:
+                raise ValueError(
+                    f"{folder} adapts {name}, which transformers calls {now} since 4.52; expected the present name. "
+                    "Load it with peft.PeftModel.from_pretrained, which converts names, and save_pretrained it again."
+                )
             module = dict(model.named_modules()).get(name)
             kind = "no module" if module is None else f"a {type(module).__name__}"
             raise ValueError(

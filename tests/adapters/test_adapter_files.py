@@ -236,3 +236,16 @@ def test_folders_of_before_are_read(llama, token_batches, tmp_path):
         resumed = lora_null.peft.load_trainable(llama(), tmp_path / "adapter")
         assert is_frozen != any(p.requires_grad for name, p in resumed.named_parameters() if "lora_A" in name)
         assert export_adapter(tmp_path / "adapter", tmp_path / f"exported{is_frozen}") == R
+
+
+def test_names_from_before_transformers_4_52_are_refused_by_name(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def model(outer, inner):
+        block = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+        return torch.nn.ModuleDict({outer: torch.nn.ModuleDict({inner: block})})
+
+    old = get_peft_model(model("language_model", "model"), LoraConfig(r=2, target_modules=["q_proj"]))
+    old.save_pretrained(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"transformers calls model\.language_model\.q_proj since 4\.52; expected"):
+        lora_null.load_adapter(model("model", "language_model"), tmp_path / "old")
