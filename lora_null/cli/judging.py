@@ -64,15 +64,24 @@ def inspect(
     covariances: Annotated[
         Path | None, typer.Option(help="With an adapter: measure how it answers to these activations.")
     ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="With covariances: those of another half of the text, to check them on.")
+    ] = None,
     json: AsJson = False,
     progress: Progress = True,
 ) -> None:
-    """Print null energy, effective rank and condition number per layer, or what an adapter changes."""
+    """Print null energy, effective rank and condition per layer with advice, or what an adapter changes."""
     from ..covariances.covariances import Covariances
+    from ..evaluation.advice import advise
     from ..evaluation.report import adapter_report, spectrum_report
     from .output import print_adapter, print_spectra
 
     if path.is_dir():
+        if against is not None:
+            raise ValueError(
+                f"against is {against}, but {path} is an adapter folder; the option goes with a file of covariances. "
+                "What an adapter does to other text is shown by --covariances."
+            )
         loaded = None if covariances is None else Covariances.load(covariances)
         print_adapter(*adapter_report(path, loaded, progress=progress), as_json=json)
     else:
@@ -81,4 +90,6 @@ def inspect(
                 f"covariances is {covariances}, but {path} is no folder; the option goes with an adapter folder."
             )
         loaded = Covariances.load(path)
-        print_spectra(loaded, spectrum_report(loaded, r, progress=progress), r, as_json=json)
+        other = None if against is None else Covariances.load(against)
+        rows = spectrum_report(loaded, r, against=other, progress=progress)
+        print_spectra(loaded, rows, advise(rows, r), r, as_json=json)

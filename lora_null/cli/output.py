@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -11,19 +12,26 @@ from rich.table import Table
 
 from ..covariances.covariances import Covariances
 from ..evaluation import Estimate, Evaluation, Paired
+from ..evaluation.advice import Advice
 from ..evaluation.report import LayerSpectrum, LayerUpdate, rows_as_dicts
 
 
-def print_spectra(covariances: Covariances, rows: list[LayerSpectrum], r: int, *, as_json: bool) -> None:
-    """Print the table of ``lora-null inspect FILE``."""
+def print_spectra(
+    covariances: Covariances, rows: list[LayerSpectrum], advice: Advice, r: int, *, as_json: bool
+) -> None:
+    """Print the table of ``lora-null inspect FILE``, and what it means in words."""
     if as_json:
-        _print_json({"r": r, "metadata": covariances.metadata, "layers": list(rows_as_dicts(rows))})
+        facts = {"r": r, "metadata": covariances.metadata}
+        _print_json({**facts, "layers": list(rows_as_dicts(rows)), "advice": asdict(advice)})
         return
+    compared = any(row.generalisation is not None for row in rows)
     table = _table(
         f"{covariances!r}, read for r={r}",
-        ["input of", "layers", "d", "tokens", "null energy", "random", "gap", "eff. rank", "condition"],
+        ["input of", "layers", "d", "tokens", "null energy", "random", "gap", "knee", "eff. rank", "condition"]
+        + (["other text", "/ optimum"] if compared else []),
     )
     for row in rows:
+        other = [_maybe(row.against_energy, "{:.1e}"), _maybe(row.generalisation, "{:.3g}")] if compared else []
         table.add_row(
             row.name,
             str(row.layers),
@@ -32,13 +40,17 @@ def print_spectra(covariances: Covariances, rows: list[LayerSpectrum], r: int, *
             f"{row.null_energy:.1e}",
             f"{r / row.d:.1e}",
             f"{row.gap:.3f}",
+            str(row.knee),
             f"{row.effective_rank:.0f}",
             f"{row.condition:.1e}",
+            *other,
         )
     notes = ["null energy: share of the activations' energy that an adapter sees; random: in random directions (r/d)"]
-    if any(row.tokens < 2 * row.d for row in rows):
+    if compared:
+        notes.append("other text: null energy of the same directions there; / optimum: over the least possible there")
+    if advice.few_tokens:
         notes.append("!: fewer tokens than 2 d, so the null space is partly chance; calibrate on more text")
-    _print_table(table, notes)
+    _print_table(table, [*notes, "", *advice.sentences])
 
 
 def print_adapter(summary: Mapping[str, Any], rows: list[LayerUpdate], *, as_json: bool) -> None:

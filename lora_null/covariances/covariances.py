@@ -103,7 +103,7 @@ class Covariances:
                 f"{sizes[0]} has d={self.size(sizes[0])} and d={other.size(sizes[0])}" if sizes else sorted(min(odd))
             )
             raise ValueError(
-                f"Covariances of other layers cannot be added: {named}. Expected the same layers, grouped alike, of "
+                f"Covariances of other layers do not go together: {named}. Expected the same layers, grouped alike, of "
                 "one model. Calibrate both on it, with the same target_modules and enough text to reach all layers."
             )
         names = {key: members[frozenset(group)] for key, group in self.groups.items()}

@@ -27,7 +27,8 @@ class LayerSpectrum:
         name: Key of the sharing group.
         layers: How many linear layers read this input.
         d: Number of input features.
-        tokens: Calibration tokens summed. Fewer than ``2 d`` leave the null space to chance.
+        tokens: Calibration tokens summed, those of the other text where they are fewer. Fewer than ``2 d`` leave the
+            null space to chance.
         null_energy: Sum of the ``r`` smallest eigenvalues over the trace: the share of the activations' energy
             that an adapter of rank ``r`` sees at best. A random choice of directions sees ``r / d``.
         gap: Eigenvalue ``r + 1`` over eigenvalue ``r``, ascending; near 1 the cut is arbitrary. Inf where
@@ -35,6 +36,11 @@ class LayerSpectrum:
         effective_rank: ``exp`` of the entropy of the normalised singular values of the activations, which are
             the square roots of the eigenvalues (Roy and Vetterli, 2007).
         condition: Largest over smallest eigenvalue; inf where the smallest is not positive.
+        knee: How many eigenvalues are below their mean: there the energy of the directions so far is furthest below
+            their even share, the knee of that curve (Satopaa et al., 2011).
+        against_energy: As ``null_energy``, of the same ``r`` directions on another text. None without one.
+        generalisation: ``against_energy`` over the least that ``r`` directions can have there: 1 where both texts leave
+            the same directions alone, more where they do not or chance decided. None without another text.
     """
 
     name: str
@@ -45,13 +51,26 @@ class LayerSpectrum:
     gap: float
     effective_rank: float
     condition: float
+    knee: int
+    against_energy: float | None = None
+    generalisation: float | None = None
 
 
-def spectrum_report(covariances: Covariances, r: int, *, progress: bool = True) -> list[LayerSpectrum]:
-    """Measure every covariance; the full spectrum in float64, one matrix in memory at a time.
+def spectrum_report(
+    covariances: Covariances, r: int, *, against: Covariances | None = None, progress: bool = True
+) -> list[LayerSpectrum]:
+    """Measure every covariance; the full spectrum in float64, one layer in memory at a time.
+
+    Args:
+        covariances: Those that the adapter starts from.
+        r: The rank that the adapter will have.
+        against: Those of the same layers on other text, such as the other half of it: how well the null spaces hold
+            on what they were not computed from.
+        progress: Show a progress bar.
 
     Raises:
-        ValueError: ``r`` is not smaller than some ``d``.
+        ValueError: ``r`` is not smaller than some ``d``, or ``against`` is of other layers, of another model or of
+            the same text.
     """
     smallest = min(covariances, key=covariances.size)
     if not 1 <= r < covariances.size(smallest):
@@ -59,20 +78,30 @@ def spectrum_report(covariances: Covariances, r: int, *, progress: bool = True) 
             f"r is {r}; expected 1 <= r < {covariances.size(smallest)}, the number of input features of {smallest}. "
             "Pass the rank that the adapters will have."
         )
+    if against is not None:
+        _check_comparable(covariances, against)
     rows = []
     for key, C in tqdm(covariances.items(), "spectra", total=len(covariances), unit="matrix", disable=not progress):
-        eigenvalues = torch.linalg.eigvalsh(C.double())
+        tokens, held = covariances.tokens[key], {}
+        if against is None:
+            eigenvalues = torch.linalg.eigvalsh(C.double())
+        else:
+            eigenvalues, vectors = torch.linalg.eigh(C.double())
+            tokens = min(tokens, against.tokens[against.group_of(key)])
+            held = _held(vectors[:, :r], against[key].double())
         positive = eigenvalues.clamp(min=0)
         rows.append(
             LayerSpectrum(
                 name=key,
                 layers=len(covariances.groups[key]),
                 d=len(C),
-                tokens=covariances.tokens[key],
+                tokens=tokens,
                 null_energy=_ratio(float(positive[:r].sum()), float(positive.sum())),
                 gap=_ratio(float(positive[r]), float(positive[r - 1])),
                 effective_rank=effective_rank(positive.sqrt()),
                 condition=_ratio(float(positive[-1]), float(positive[0])),
+                knee=int((positive < positive.mean()).sum()),
+                **held,
             )
         )
     return rows
@@ -206,6 +235,29 @@ def response(lora_A: Tensor, lora_B: Tensor, C: Tensor) -> float | None:
     if norm_squared <= 0 or trace <= 0:
         return None
     return float((gram_B * (lora_A @ C @ lora_A.T)).sum()) * C.shape[0] / (norm_squared * trace)
+
+
+def _held(U: Tensor, C: Tensor) -> dict[str, float]:
+    """Return what the directions ``U (d, r)`` catch of the energy of ``C (d, d)``, as fields of a spectrum."""
+    caught = max(0.0, float((U * (C @ U)).sum()))
+    return {"against_energy": _ratio(caught, float(C.trace())), "generalisation": row_space_energy(U.T, C)}
+
+
+def _check_comparable(covariances: Covariances, against: Covariances) -> None:
+    """Refuse covariances whose comparison would say nothing, before any spectrum is computed."""
+    covariances + against  # refuses other layers and sizes, and adds no matrix before one is asked for
+    prints = [each.metadata.get("base_fingerprint") for each in (covariances, against)]
+    if all(prints) and prints[0] != prints[1]:
+        raise ValueError(
+            "against was collected on a model with other weights in these layers; expected the one of the covariances. "
+            "Calibrate both halves of the text on one model."
+        )
+    data = [each.metadata.get("data") for each in (covariances, against)]
+    if data[0] and data[0] == data[1]:
+        raise ValueError(
+            "against is of the same text as the covariances, so that it agrees whatever they are worth; expected "
+            "another half of the text. Calibrate on each half and pass both."
+        )
 
 
 def _row_basis(lora_A: Tensor) -> Tensor:

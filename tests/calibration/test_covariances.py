@@ -273,9 +273,9 @@ def test_sums_are_those_of_both_texts(tmp_path):
             assert torch.equal(matrix, first[key].double() + second[key])
     assert torch.equal((both + first)["layers.0.k"], both["layers.0.q"] + first["layers.0.q"].double())
     assert (both + first).metadata["model"] == "toy + other"
-    with pytest.raises(ValueError, match=r"other layers cannot be added: layers.0.q has d=5 and d=6"):
+    with pytest.raises(ValueError, match=r"other layers do not go together: layers.0.q has d=5 and d=6"):
         first + _covariances(sizes=(6, 1, 8))
-    with pytest.raises(ValueError, match=r"other layers cannot be added: \['layers.2.k', 'layers.2.q'\]"):
+    with pytest.raises(ValueError, match=r"other layers do not go together: \['layers.2.k', 'layers.2.q'\]"):
         first + _covariances(sizes=(5, 1))
     with pytest.raises(TypeError):
         first + 1

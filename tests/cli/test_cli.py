@@ -231,10 +231,30 @@ class TestCommands:
         assert code == 0
         for column in ("null energy", "eff. rank", "condition", "tokens"):
             assert column in out
-        assert out.count("model.layers.") == 8
+        table, words = out.split("Tokens:")
+        assert table.count("model.layers.") == 8 and "Learning rate:" in words
         code, out, _ = run("inspect", calibrated_folder / "cov", "--r", 4, "--json")
         values = json.loads(out)
         assert len(values["layers"]) == 8 and all(0 < row["null_energy"] < 4 / row["d"] for row in values["layers"])
+
+    def test_inspect_covariances_against_another_half(self, calibrated_folder, run):
+        folder = calibrated_folder
+        lines = (folder / "text.txt").read_text().splitlines()
+        (folder / "half.txt").write_text("\n".join(lines[: len(lines) // 2]))
+        assert run("calibrate", folder / "model", "--data", folder / "half.txt", "--output", folder / "half")[0] == 0
+        compare = ("inspect", folder / "cov", "--r", 4, "--against", folder / "half")
+        code, out, _ = run(*compare)
+        assert code == 0 and "other text" in out and "/ optimum" in out
+        assert [line.split(":")[0] for line in out.splitlines()[-5:]] == [
+            "Tokens",
+            "Other text",
+            "Rank",
+            "Null space",
+            "Learning rate",
+        ]
+        values = json.loads(run(*compare, "--json")[1])
+        assert len(values["advice"]["sentences"]) == 5
+        assert all(row["against_energy"] > 0 and row["generalisation"] >= 1 for row in values["layers"])
 
     def test_inspect_adapter(self, calibrated_folder, run):
         folder = calibrated_folder

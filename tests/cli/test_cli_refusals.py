@@ -180,6 +180,8 @@ def test_sizes_and_options_without_effect(calibrated_folder, run):
     for name in ("batch-size", "sequence-length", "max-tokens"):
         refused(run, *calibrate, f"--{name}", 0, match=f"{name.replace('-', '_')} is 0")
     refused(run, "inspect", folder / "cov", "--covariances", folder / "cov", match="adapter folder")
+    refused(run, "inspect", folder / "model", "--against", folder / "cov", match="file of covariances")
+    refused(run, "inspect", folder / "cov", "--r", 4, "--against", folder / "cov", match="the same text")
     init = ("init", folder / "model", folder / "cov", folder / "adapter", "--r", 4)
     refused(run, *init, "--lora-dropout", 1, match="lora_dropout is 1")
     assert run(*init, "--lora-dropout", 0.25)[0] == 0

@@ -33,6 +33,7 @@ class TestSpectrum:
         assert row.null_energy == pytest.approx(3 / 100, rel=1e-10)
         assert row.gap == pytest.approx(4, rel=1e-10)
         assert row.condition == pytest.approx(64, rel=1e-10)
+        assert row.knee == 5 and row.against_energy is None and row.generalisation is None
         p = [math.sqrt(value) for value in spectrum]
         p = [value / sum(p) for value in p]
         assert row.effective_rank == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)), rel=1e-10)
