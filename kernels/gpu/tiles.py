@@ -52,7 +52,10 @@ def project_tile(
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + t0.to(tl.int64) * stride_xt + ((rows - t0)[:, None] * stride_xt + k[None, :] + k_begin)
     a_ptrs = a_ptr + k_begin.to(tl.int64) * stride_ak + (k[:, None] * stride_ak + columns[None, :] * stride_an)
-    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    if DROPOUT:
+        acc = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for start in range(k_begin, k_end, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -62,10 +65,16 @@ def project_tile(
             x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
             a = tl.load(a_ptrs, mask=inside[:, None] & (columns[None, :] < N), other=0.0)
         if DROPOUT:
+            # the masked operand on the right: a left one stays in registers, which Triton 3.6 and 3.8 overwrite
+            # while the wgmma of the step before still reads them
             x = tl.where(kept(rows, start + k, key0, key1, threshold), x, 0.0)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION, out_dtype=tl.float32)
+            acc = tl.dot(a.T, x.T, acc, input_precision=PRECISION, out_dtype=tl.float32)
+        else:
+            acc = tl.dot(x, a, acc, input_precision=PRECISION, out_dtype=tl.float32)
         x_ptrs += BLOCK_K
         a_ptrs += BLOCK_K * stride_ak
+    if DROPOUT:
+        acc = acc.T
     return acc
 
 

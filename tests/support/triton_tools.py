@@ -109,6 +109,11 @@ def compile_for(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=target(arch), options=options)
 
 
+def register_operands(ptx: str) -> list[str]:
+    """Return the wgmma of ``ptx`` whose left operand lies in registers, which nothing may write while they run."""
+    return re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, \{[^}]*\}", ptx)
+
+
 def resources(compiled: Any) -> dict[str, int]:
     """Return ``registers``, ``stack`` and ``spills`` (bytes a thread) and ``shared`` (bytes a block)."""
     import triton
