@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -122,12 +123,13 @@ def test_reworded_facts_ask_the_same_in_other_words():
         assert one.question != other.question and one.lead != other.lead
 
 
-def test_the_contenders_come_first_seed_by_seed():
+def test_the_contenders_come_first_with_every_seed_in_the_middle_of_their_grid():
     runs = list(command.plan(["a", "b"], ["t"], [*METHODS], 2))
     contended = [run for run in runs if run.method in CONTENDERS]
     assert runs[: len(contended)] == contended
-    assert [run.model for run in contended] == sorted(run.model for run in contended)
-    assert [run.seed for run in contended if run.model == "a"] == sorted(r.seed for r in contended if r.model == "a")
+    middle = contended[: 2 * 2 * len(CONTENDERS)]
+    assert all(run.learning_rate == METHODS[run.method].learning_rates[1] for run in middle)
+    assert {(run.model, run.seed, run.method) for run in middle} == {*product("ab", (0, 1), CONTENDERS)}
     assert {run.method for run in runs} == set(METHODS) and len(set(runs)) == len(runs)
 
 
