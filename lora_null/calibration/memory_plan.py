@@ -22,7 +22,7 @@ from .options import Options
 from .probe import Probe, probe
 
 
-@takes(model=nn.Module, config=LoraNullConfig)
+@takes(on_meta=True, model=nn.Module, config=LoraNullConfig)
 def memory_plan(
     model: nn.Module,
     batch: Any,

@@ -17,12 +17,13 @@ PATH = (str, os.PathLike)
 _WORDS = {nn.Module: "a model (torch.nn.Module)", str: "a path"}
 
 
-def takes(**kinds: Any) -> Callable[[F], F]:
+def takes(*, on_meta: bool = False, **kinds: Any) -> Callable[[F], F]:
     """Decorate a function that refuses arguments of other types; a default passes, whatever its type.
 
     A model must hold values, too: on the device meta it has none, unless accelerate brings them.
 
     Args:
+        on_meta: Let models pass that hold none.
         kinds: Argument name to its type, or to a tuple of types.
     """
 
@@ -37,7 +38,7 @@ def takes(**kinds: Any) -> Callable[[F], F]:
                 given = {}  # Python says below what is missing
             for name, kind in kinds.items():
                 if name in given and given[name] is not known.parameters[name].default:
-                    _require(function.__name__, name, given[name], kind, list(known.parameters))
+                    _require(function.__name__, name, given[name], kind, list(known.parameters), on_meta)
             return function(*args, **kwargs)
 
         return checked  # type: ignore[return-value]
@@ -45,7 +46,7 @@ def takes(**kinds: Any) -> Callable[[F], F]:
     return decorate
 
 
-def _require(function: str, name: str, value: Any, kind: Any, names: list[str]) -> None:
+def _require(function: str, name: str, value: Any, kind: Any, names: list[str], on_meta: bool) -> None:
     first = kind[0] if isinstance(kind, tuple) else kind
     if not isinstance(value, kind):
         got = repr(value) if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"
@@ -53,7 +54,7 @@ def _require(function: str, name: str, value: Any, kind: Any, names: list[str]) 
             f"{function}: {name} is {got}; expected {_WORDS.get(first, f'a {first.__name__}')}. Were arguments swapped "
             f"or left out? Their order is {', '.join(name for name in names if name not in ('self', 'cls'))}."
         )
-    if first is nn.Module and _is_empty(value):
+    if first is nn.Module and not on_meta and _is_empty(value):
         raise ValueError(
             f"{function}: {name} is a {type(value).__name__} on the device meta, which holds no values; expected a "
             "model with its weights. Load them with from_pretrained, or move it with to_empty and load_state_dict."

@@ -41,7 +41,7 @@ def command_lines(text):
 
 
 def test_every_command_line_is_understood():
-    commands = {c.callback.__name__: c.callback for c in cli.app.registered_commands}
+    commands = {c.name or c.callback.__name__: c.callback for c in cli.app.registered_commands}
     shown = {shlex.split(line, comments=True)[0] for line in command_lines(PAGES["command_line"])}
     assert shown == set(commands)
     for line in command_lines("\n".join([README, *PAGES.values()])):
