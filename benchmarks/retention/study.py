@@ -126,7 +126,7 @@ class Bench:
         if not path.exists():
             written = data.own_texts(base, self.tokenizer, self.sizes.documents, self.sizes.document_tokens)
             torch.save([document.ids for document in written], path)
-        return [Document(ids) for ids in torch.load(path)]
+        return [Document(ids) for ids in torch.load(path, weights_only=True)]
 
     def before(self) -> dict[str, Any]:
         """Return the record of the model as it comes."""

@@ -20,8 +20,13 @@ _SPECIAL = (
 )
 # Which biases PEFT trains beside the factors.
 BIASES = ("none", "all", "lora_only")
-# Ways to start in which PEFT itself changes the base weights.
-SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def shifting_start(init_lora_weights: Any) -> str | None:
+    """Return the start that a configuration names if PEFT itself changes the base weights for it."""
+    start = str(init_lora_weights).lower()
+    return start if start.startswith(_SHIFTING) else None
 
 
 def require_plain(path: Path, config: Mapping[str, Any]) -> None:
@@ -37,8 +42,7 @@ def require_plain(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA. Load it with PEFT."
         )
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(SHIFTING):
+    if start := shifting_start(config.get("init_lora_weights")):
         raise ValueError(
             f"{path} has init_lora_weights={start!r}: the adapter belongs to a base that PEFT shifted "
             "when training began; expected one for the pre-trained base. Convert it with PEFT: "

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..adapters.extras import changed_since
 from ..adapters.layer import adapter_layers, disable_adapters
-from ..adapters.plain import SHIFTING
+from ..adapters.plain import shifting_start
 from ..adapters.state import INITIAL, get_state
 from ..models.wrappers import unwrapped
 
@@ -49,8 +49,8 @@ def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
             "first, or pass base=, the pre-trained model."
         )
     for name, config in getattr(model, "peft_config", {}).items():
-        start = str(getattr(config, "init_lora_weights", "")).lower()
-        if start.startswith(SHIFTING) and not any(getattr(layer, INITIAL, None) for layer in layers.values()):
+        start = shifting_start(getattr(config, "init_lora_weights", None))
+        if start and not any(getattr(layer, INITIAL, None) for layer in layers.values()):
             raise ValueError(
                 f"The adapter {name!r} began with init_lora_weights={start!r}, by which PEFT changes the base weights: "
                 "without the adapter the model is not the pre-trained one. Pass base=, the pre-trained model."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.basis import FreeDirections
 from ..adapters.delta import require_shift, shift_base
-from ..adapters.plain import SHIFTING
+from ..adapters.plain import shifting_start
 from ..adapters.start import start_factors
 from ..adapters.state import INITIAL, AdapterState
 from ..config import LoraNullConfig
@@ -125,8 +125,7 @@ def linears_of(peft_model: nn.Module) -> dict[str, Target]:
 def _check_base(peft_model: Any) -> None:
     """Refuse a model whose base weights something has moved already."""
     for adapter, config in peft_model.peft_config.items():
-        start = str(getattr(config, "init_lora_weights", "")).lower()
-        if start.startswith(SHIFTING):
+        if start := shifting_start(getattr(config, "init_lora_weights", None)):
             raise ValueError(
                 f"The adapter {adapter!r} began with init_lora_weights={start!r}, by which PEFT has moved the base "
                 "weights away from the pre-trained ones. Load the model again, and leave init_lora_weights out of the "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters.extras import Extras
 from ..adapters.files import Adapter
 from ..adapters.names import PREFIX, published_name, short_names, tensor_names
-from ..adapters.plain import SHIFTING
+from ..adapters.plain import shifting_start
 from ..adapters.save import save_from
 from ..adapters.state import AdapterState
 from ..config import LoraNullConfig
@@ -87,8 +87,7 @@ def changes_of(peft_model: nn.Module, adapter_name: str = "default") -> dict[str
     """
     layers = lora_layers(peft_model, adapter_name)
     config: Any = peft_model.peft_config[adapter_name]  # type: ignore[index, union-attr]
-    start = str(getattr(config, "init_lora_weights", "")).lower()
-    if start.startswith(SHIFTING):
+    if start := shifting_start(getattr(config, "init_lora_weights", None)):
         raise ValueError(
             f"The adapter {adapter_name!r} began with init_lora_weights={start!r}, by which PEFT moved the base "
             "weights, so that it fits no other base. Convert it with PEFT: "

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from adapter_tools import ids, learn
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from safetensors.torch import load_file
@@ -16,10 +17,6 @@ from lora_null.system.log import forget_warnings
 R = 6
 
 
-def ids(seed=3):
-    return torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def covariances(calibrated):
     return calibrated[1]
@@ -29,14 +26,6 @@ def peft_llama(llama, dtype=torch.float32, **config):
     return get_peft_model(
         llama(dtype), LoraConfig(**{"r": R, "lora_alpha": 2 * R, "target_modules": "all-linear"} | config)
     )
-
-
-def perturb(peft_model, seed=0):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def test_frozen_a_is_an_exact_no_op(llama, covariances):
@@ -59,7 +48,7 @@ def test_frozen_a_stays_frozen_through_pefts_switches(llama, covariances, tmp_pa
     with model.disable_adapter():
         pass
     assert trainable(model) == {"lora_B"}
-    perturb(model)
+    learn(model)
     lora_null_peft.save_adapter(model, tmp_path / "adapter")
     assert trainable(PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"), is_trainable=True)) > {"lora_B"}
     assert trainable(lora_null_peft.load_trainable(llama(), tmp_path / "adapter")) == {"lora_B"}
@@ -80,7 +69,7 @@ def test_saved_adapter_fits_the_untouched_base(llama, covariances, tmp_path, fre
     lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=freeze_a, progress=False)
     before = llama()(ids()).logits
     assert (model(ids()).logits - before).norm() <= 1e-6 * before.norm()
-    perturb(model)
+    learn(model)
     lora_null_peft.save_adapter(model, tmp_path / "adapter")
     expected = model(ids()).logits
     for loaded in (
@@ -104,7 +93,7 @@ def test_training_on_keeps_what_is_known_of_the_base(llama, covariances, tmp_pat
 def test_ranks_may_differ_between_layers(llama, covariances, tmp_path):
     model = peft_llama(llama, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 8})
     lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
-    perturb(model)
+    learn(model)
     expected = model(ids()).logits
     lora_null_peft.save_adapter(model, tmp_path / "adapter")
     tensors = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
@@ -117,7 +106,7 @@ def test_ranks_may_differ_between_layers(llama, covariances, tmp_path):
 def test_fused_forward_agrees_and_can_be_undone(llama, covariances, dtype):
     model = peft_llama(llama, dtype)
     lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
-    perturb(model)
+    learn(model)
     names = list(model.state_dict())
 
     def run():
@@ -153,7 +142,7 @@ class TestFallback:
     def model(self, llama, covariances):
         model = peft_llama(llama)
         lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
-        perturb(model)
+        learn(model)
         return model
 
     def agrees(self, model, caplog, reason, **inputs):

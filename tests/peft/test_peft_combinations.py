@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from adapter_tools import learn
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tiny_models import make_llama
 
@@ -76,14 +77,6 @@ def started(run, covariances):
     if run["fused"]:
         lora_null_peft.use_fused_kernels(model)
     return model
-
-
-def learn(model, seed=0):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_tools import ids
+from adapter_tools import ids, learn
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from tiny_models import make_llama
@@ -33,15 +33,6 @@ def start(calibrated):
         )
 
     return initialize
-
-
-def learn(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from adapter_tools import ids
+from adapter_tools import ids, learn
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -27,15 +27,6 @@ def start(llama, calibrated):
         return lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=freeze_a, progress=False)
 
     return make
-
-
-def learn(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @torch.no_grad()

@@ -12,6 +12,16 @@ def ids(seed=3):
     return torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(seed))
 
 
+def learn(model, seed=0):
+    """Change what is trained, as an optimiser would."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 def trained(llama, token_batches, dtype=torch.float32, seed=0, **config):
     model = llama(dtype)
     covariances = lora_null.calibrate(model, token_batches(), progress=False)
