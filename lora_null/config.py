@@ -75,6 +75,9 @@ class LoraNullConfig:
             that differs between layers. ``None``: 0.99 for ``"b_in_basis"``, else the ``r`` least used directions.
         basis_dtype: Of the free directions in memory: ``"float32"``, ``"float64"``, or ``"bfloat16"`` for half the
             memory and about ``2^-9`` of A's length in the protected directions.
+        group_pooling: QA-LoRA (arXiv 2309.14717): the adapter reads the mean of each group of so many inputs, and
+            :func:`lora_null.merge` puts it into the zero points of a base that is quantised in groups of that size.
+            ``"auto"``: the group size of the base. Goes with the modes that leave the base untouched.
     """
 
     r: int = helped("Rank of the adapters.", 128)
@@ -94,6 +97,7 @@ class LoraNullConfig:
     train: str | None = helped("b (default), b_in_basis or ab: what learns.", None)
     energy: float | None = helped("Share to protect; b_in_basis: 0.99.", None)
     basis_dtype: str = helped("Of the free directions: float32, bfloat16, float64.", "float32")
+    group_pooling: int | str | None = helped("Inputs in a group that is read as its mean, or auto.", None)
 
     def __post_init__(self):
         if not _is_rank(self.r):
@@ -136,6 +140,15 @@ class LoraNullConfig:
             raise ValueError(f"energy is {energy!r}; expected a share in [0, 1), for instance energy=0.99, or None.")
         if self.basis_dtype not in BASIS_DTYPES:
             raise ValueError(f"basis_dtype is {self.basis_dtype!r}; expected one of {', '.join(BASIS_DTYPES)}.")
+        L = self.group_pooling
+        if L is not None and L != "auto" and not (isinstance(L, int) and _is_rank(L) and L > 1):
+            raise ValueError(f'group_pooling is {L!r}; expected a number of inputs from 2 on, "auto", or None.')
+        if L is not None and train == "ab":
+            raise ValueError(
+                f"group_pooling is {L!r} beside train='ab', whose A would not keep equal entries in a group and whose "
+                "base is shifted; expected train='b', or 'b_in_basis' for an A that learns (energy=0: in all "
+                "directions, as QA-LoRA has it)."
+            )
         for name, value in (("train", train), ("freeze_a", TRAIN[train]), ("energy", energy)):
             object.__setattr__(self, name, value)
 

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.reference import full_precision
 from ..solver.null_basis import NullBasis
+from ..solver.pooling import pool, spread
 
 # A factor may lie outside the free directions by this part of its length: a few roundings of bf16. One of another layer
 # or of other covariances is outside by about (d - k) / d.
@@ -24,13 +25,17 @@ class FreeDirections:
     Held are the ``k`` directions ``N (d, k)`` or the others ``P (d, d - k)``, whichever are fewer. It is no module and
     has no buffers: DDP would broadcast those at every forward. It follows the device of the factors that use it.
 
+    Where A reads the means of groups of ``L`` inputs, all this is of the pooled inputs: ``d`` is their number, and a
+    group's entries of the whole A are equal.
+
     Attributes:
         k: How many directions are free.
         held: ``N`` or ``P``.
         complementary: Whether ``held`` is ``P``.
+        group_pooling: ``L``, or ``None``.
     """
 
-    def __init__(self, free: NullBasis, *, dtype: torch.dtype = torch.float32):
+    def __init__(self, free: NullBasis, *, dtype: torch.dtype = torch.float32, group_pooling: int | None = None):
         """Take the vectors of ``free`` in ``dtype``.
 
         bf16 halves the memory, and puts about ``2^-9`` of A's length into the protected directions; fp32 ``6e-8``.
@@ -40,14 +45,22 @@ class FreeDirections:
         assert held is not None
         self.k, self.complementary = free.k, free.complement is not None
         self.held = held.to(dtype).contiguous()
+        self.group_pooling = group_pooling
+
+    @property
+    def width(self) -> int:
+        """Number of inputs of A."""
+        return self.held.shape[0] * (self.group_pooling or 1)
 
     def coordinates(self, A: Tensor) -> Tensor:
         """Return ``A N (r, k)``, or ``A - (A P) P^T (r, d)`` where the complement is held; the adjoint of expand."""
+        A = A if self.group_pooling is None else pool(A, self.group_pooling)
         return self._product(A, lambda wide, held: wide @ held)
 
     def expand(self, C: Tensor) -> Tensor:
         """Return ``C N^T (r, d)`` from ``C (r, k)``, or ``C - (C P) P^T`` from ``C (r, d)``."""
-        return self._product(C, lambda wide, held: wide @ held.mT)
+        A = self._product(C, lambda wide, held: wide @ held.mT)
+        return A if self.group_pooling is None else spread(A, self.group_pooling)
 
     def _product(self, M: Tensor, multiply: Any) -> Tensor:
         # At least in fp32, whatever autocast or TF32 would make of it: what they round off is read with the energy of
@@ -135,7 +148,7 @@ class BasisFactor(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the sizes."""
-        r, d, k = len(self.coefficients), self.directions.held.shape[0], self.directions.k
+        r, d, k = len(self.coefficients), self.directions.width, self.directions.k
         form = "complement" if self.directions.complementary else "basis"
         return f"({r}, {d}) in {k} free directions, {form} in {self.directions.held.dtype}"
 
@@ -145,7 +158,7 @@ class BasisFactor(nn.Module):
 
     @torch.no_grad()
     def _coordinates(self, A: Tensor) -> Tensor:
-        d = self.directions.held.shape[0]
+        d = self.directions.width
         if A.dim() != 2 or A.shape[1] != d:
             raise ValueError(
                 f"The factor has shape {tuple(A.shape)}; expected (r, {d}), the width of the free directions. Were "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import LoraNullConfig
 from ..models.refusals import DIVERGED, require_finite, require_floating
+from ..solver.pooling import ordinary
 from ..system.files import read_json, replaced_folder, write_json
 from ..system.tensors import opened, read_floating
 from .delta import pad
@@ -35,6 +36,8 @@ _KINDS: dict[str, Any] = {
     "base_model_name_or_path": str | None,
     "task_type": str | None,
 }
+# PEFT's name for the number of inputs that an adapter of QA-LoRA pools.
+_GROUP = "qalora_group_size"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: Path) -> Adapter:
-        """Read a plain LoRA adapter, ours or another's.
+        """Read a plain LoRA adapter, ours or another's; PEFT's QA-LoRA as the plain one that it is.
 
         Raises:
             FileNotFoundError: ``folder`` is not an adapter folder.
@@ -88,6 +91,8 @@ class Adapter:
         require_plain(folder / PEFT_CONFIG, config)
         recipe = _recipe(folder / PEFT_CONFIG, config)
         factors, others = _read_tensors(folder / WEIGHTS)
+        if config.get("use_qalora"):
+            factors = {name: (ordinary(A.float(), config[_GROUP], "peft"), B) for name, (A, B) in factors.items()}
         for name, (lora_A, _) in factors.items():
             if len(lora_A) != recipe.rank_of(name):
                 raise ValueError(
@@ -232,11 +237,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[st
 def _require_types(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a configuration, read from ``path``, whose entries have other types than PEFT writes."""
     wrong = [key for key, kind in _KINDS.items() if key in config and not fits(config[key], kind)]
+    if config.get("use_qalora") and not (fits(config.get(_GROUP), int) and config[_GROUP] > 0):
+        wrong.append(_GROUP)
     targets = config.get("target_modules")
     if isinstance(targets, list) and not all(isinstance(name, str) for name in targets):
         wrong.append("target_modules")
     if wrong:
         raise ValueError(
-            f"{path} has {', '.join(f'{key}={config[key]!r:.60}' for key in wrong)}; expected what PEFT writes there. "
-            "It is damaged; save or download the adapter again."
+            f"{path} has {', '.join(f'{key}={config.get(key)!r:.60}' for key in wrong)}; expected what PEFT writes "
+            "there. It is damaged; save or download the adapter again."
         )

@@ -16,6 +16,7 @@ from ..models.arguments import takes
 from ..models.refusals import Target, require_floating
 from ..models.targets import CLASSIFIERS, Survey, survey
 from ..models.wrappers import uncompiled
+from ..models.zero_points import with_group_size
 from ..system.distributed import announcing_failure
 from ..system.log import logger
 from .basis import BasisFactor
@@ -79,6 +80,7 @@ def initialize(
     layers = survey(model)
     targets = _called(layers.select(config), covariances, config)
     with announcing_failure():
+        config = with_group_size(config, targets)
         _check(layers, targets)
         trained = require_modules(model, config.modules_to_save or (), targets, "modules_to_save")
     start = start_factors(

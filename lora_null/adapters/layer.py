@@ -80,11 +80,12 @@ class LoraNullLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x (..., d)`` to ``(..., m)``."""
         factors = (self.lora_A, self.lora_B) if self.adapter_enabled else (self.initial_A, self.initial_B)
+        base = _base_class(type(self))
         if factors[0] is None or factors[1] is None:
-            return super().forward(x)
+            return base.forward(self, x)
         lora_A, lora_B = factors[0].weight, factors[1].weight
         dropout = self.lora_dropout if self.training and self.adapter_enabled else 0.0
-        if _base_class(type(self)) is nn.Linear and is_dense(self):
+        if base is nn.Linear and is_dense(self):
             if self.projection_group is not None and self.adapter_enabled and not dropout:
                 y = self.projection_group.forward(self, x)
                 if y is not None:
@@ -95,7 +96,7 @@ class LoraNullLinear(nn.Linear):
         # A quantised or otherwise special base keeps its own product; only the low-rank term is ours.
         adapted = nn.functional.dropout(x, dropout) if dropout else x
         low_rank = (adapted @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
-        return super().forward(x) + self.scaling * low_rank
+        return base.forward(self, x) + self.scaling * low_rank
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse what ``parallelize_module`` tries: to register the factors' parameters as the layer's own."""
@@ -109,13 +110,7 @@ class LoraNullLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Refuse a scaling set by hand: no state dict holds it, and it would be read under the one attached."""
-        if self.scaling != self.stated_scaling:
-            raise ValueError(
-                f"{prefix.removesuffix('.')}: scaling is {self.scaling:g}, set by hand, where the adapter was attached "
-                f"with {self.stated_scaling:g}; expected the same, for a state dict, and so a trainer's checkpoint, "
-                "holds no scaling. Write it with lora_null.save_adapter, which keeps it, or train with "
-                "LoraNullConfig(lora_alpha=..., alpha_pattern=...)."
-            )
+        _require_stated_scaling(self, prefix)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
@@ -141,9 +136,32 @@ class LoraNullLinear(nn.Linear):
 _PATCHED: dict[type, type[LoraNullLinear]] = {nn.Linear: LoraNullLinear}
 
 
+def _require_stated_scaling(layer: LoraNullLinear, prefix: str) -> None:
+    if layer.scaling != layer.stated_scaling:
+        raise ValueError(
+            f"{prefix.removesuffix('.')}: scaling is {layer.scaling:g}, set by hand, where the adapter was attached "
+            f"with {layer.stated_scaling:g}; expected the same, for a state dict, and so a trainer's checkpoint, "
+            "holds no scaling. Write it with lora_null.save_adapter, which keeps it, or train with "
+            "LoraNullConfig(lora_alpha=..., alpha_pattern=...)."
+        )
+
+
+def _whole_state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Add the factors to the state dict of a layer that, as HQQ's do, writes its own tensors and no module inside."""
+    prefix = kwargs.get("prefix", "")
+    _require_stated_scaling(self, prefix)
+    own = super(LoraNullLinear, self).state_dict(*args, **kwargs)
+    held = own if kwargs.get("destination") is None else kwargs["destination"]
+    for name, child in self._modules.items():
+        if child is not None:
+            child.state_dict(destination=held, prefix=f"{prefix}{name}.", keep_vars=kwargs.get("keep_vars", False))
+    return own
+
+
 def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
     if base not in _PATCHED:
-        patched = type(f"LoraNull{base.__name__}", (LoraNullLinear, base), {})
+        members = {} if base.state_dict is nn.Module.state_dict else {"state_dict": _whole_state_dict}
+        patched = type(f"LoraNull{base.__name__}", (LoraNullLinear, base), members)
         try:
             base.__new__(base).__class__ = patched
         except TypeError as error:

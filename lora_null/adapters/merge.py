@@ -10,16 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..models.arguments import takes
 from ..models.refusals import DIVERGED, require_finite
 from ..models.targets import survey
 from ..models.wrappers import unwrapped
+from ..models.zero_points import ZeroPoints, zero_points
 from ..system.files import replaced_folder
 from .checkpoint import INDEX
 from .delta import require_shift, shift_base
-from .layer import detach_adapter, require_layers
+from .layer import LoraNullLinear, detach_adapter, require_layers
 from .state import set_state
 
 
@@ -29,23 +31,62 @@ def merge(model: nn.Module) -> nn.Module:
 
     Sharded weights (FSDP2, tensor parallel) are merged shard by shard; all processes have to call this.
 
+    Into a quantised weight goes an adapter that was trained with ``group_pooling`` of its group size, or a multiple:
+    ``zeros - s (B A) / scales`` in float64, rounded once to the type of the zero points, and the integer codes stay as
+    they are (QA-LoRA, arXiv 2309.14717). That needs zero points in floating point.
+
     Returns:
         The same model, with nothing of this package left on it.
+
+    Raises:
+        ValueError: A weight cannot take the adapter; nothing is changed then.
     """
     wrapper, model = model, unwrapped(model)
     layers = require_layers(model)
     linears = survey(model).linears
+    zeros: dict[str, tuple[ZeroPoints, Tensor]] = {}
     for name, layer in layers.items():
-        linears[name].require_writable("Merging")
         factors = layer.lora_A.weight, layer.lora_B.weight
         require_finite(f"The adapter of {name}", *factors, f", so nothing was merged. {DIVERGED}")
+        points = zero_points(name, layer)
+        if points is not None:
+            zeros[name] = points, _with_adapter(name, layer, points)
+            continue
+        linears[name].require_writable("Merging")
         require_shift(name, layer, layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
-    for layer in layers.values():
-        # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
-        shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
+    for name, layer in layers.items():
+        if name in zeros:
+            points, values = zeros[name]
+            points.write(values)
+        else:
+            # The shifted base holds W - s B0 A0, so in both modes the trained factors are what is missing.
+            shift_base(layer, layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling)
         detach_adapter(layer)
     set_state(model, None)
     return wrapper
+
+
+@torch.no_grad()
+def _with_adapter(name: str, layer: LoraNullLinear, points: ZeroPoints) -> Tensor:
+    """Return the zero points under which a quantised layer computes what it does adapted."""
+    A, B = layer.lora_A.weight.double(), layer.lora_B.weight.double()
+    groups = A.unflatten(1, (-1, points.group_size))
+    first = groups[..., 0]
+    rounding = 8 * torch.finfo(layer.lora_A.weight.dtype).eps * float(A.abs().max())
+    if not bool(((groups - first.unsqueeze(-1)).abs() <= rounding).all()):
+        raise ValueError(
+            f"The adapter of {name} reads the inputs of a group of {points.group_size} differently, and one zero point "
+            "serves them all, so that it cannot be merged into the quantised weight. Train with LoraNullConfig("
+            f"group_pooling={points.group_size}), keep the adapter beside the base, or merge it into the model in "
+            "floating point."
+        )
+    exact = points.shifted(layer.scaling * (B @ first))
+    values = exact.to(points.values.dtype)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"The zero points of {name} would hold NaN or Inf in {values.dtype}, so nothing was merged. {DIVERGED}"
+        )
+    return values
 
 
 # What a merged checkpoint may hold and be replaced, besides the files that its tokenizer has today: what versions of

@@ -14,7 +14,6 @@ _SPECIAL = (
     "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
-    "use_qalora",
     "use_bdlora",
     "kasa_config",
 )

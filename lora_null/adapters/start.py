@@ -18,6 +18,7 @@ from ..solver.factorize import factors_of
 from ..solver.null_basis import null_basis, sufficient_energy
 from ..solver.null_space import NullSpace
 from ..solver.null_spaces import null_spaces
+from ..solver.pooling import pool_covariance, spread
 from ..system.distributed import announcing_failure, divide, gather
 from ..system.log import logger
 from .basis import FreeDirections
@@ -76,28 +77,36 @@ def start_factors(
         ValueError: The covariances do not cover or do not fit the layers, a rank is too large, a weight is not finite,
             or cannot be shifted; an energy leaves fewer directions free than a layer's rank.
     """
+    L = config.group_pooling
+    assert not isinstance(L, str)
     with announcing_failure():
         keys = _checked_groups(linears, ranks, covariances, aliases)
         for name, r in ranks.items():
-            linears[name].require_rank(r)
+            linears[name].require_rank(r, L)
             if config.train == "ab":
                 linears[name].require_writable("freeze_a=False")
         options: dict[str, Any] = {"method": method, "seed": config.seed}
         if task is not None:
             own = _checked_groups(linears, ranks, task, aliases, "task covariances")
-            options["task"] = _Renamed(task, {keys[name]: key for name, key in own.items()})
+            names_of_task = {keys[name]: key for name, key in own.items()}
+            options["task"] = _Renamed(task, names_of_task, L)
     free, directions, shares = _free(covariances, ranks, keys, config, progress)
     if task is not None or directions:
         options["energy"] = config.energy
     wanted: dict[str, int] = {}
     for name, r in ranks.items():
         wanted[keys[name]] = max(wanted.get(keys[name], 0), r)
-    spaces, energies = _solve(covariances, wanted, options, progress=progress)
+    spaces, energies = _solve(covariances, wanted, options, L, progress=progress)
     base_fingerprint = fingerprint({name: linears[name].linear for name in ranks})
     factors = {}
     for name, r in tqdm(ranks.items(), "factorise", unit="layer", disable=not progress):
         # Eigenvalues ascend, so a smaller rank takes the leading columns.
-        factors[name] = factors_of(name, linears[name].linear, spaces[keys[name]].basis[:, :r], dtype=dtype)
+        basis = spaces[keys[name]].basis[:, :r]
+        if L is not None:
+            basis = spread(basis.mT, L).mT
+        A0, B0 = factors_of(name, linears[name].linear, basis, dtype=dtype)
+        # Entries of a group are equal but for the order of sums in a product: here to the bit.
+        factors[name] = A0 if L is None else _even(A0, L), B0
     idle = [name for name, (A0, _) in factors.items() if not A0.any()]
     if idle:
         logger.warning(
@@ -121,23 +130,34 @@ def directions_of(
     """Solve for the free directions alone, in which a saved adapter goes on learning; errors as above."""
     with announcing_failure():
         keys = _checked_groups(linears, ranks, covariances, aliases)
+        for name, r in ranks.items():
+            linears[name].require_rank(r, config.group_pooling)
     return _free(covariances, ranks, keys, config, progress)[1]
 
 
-class _Renamed(Mapping[str, Tensor]):
-    """Covariances by the keys of others."""
+def _even(A: Tensor, L: int) -> Tensor:
+    return A[:, ::L].repeat_interleave(L, 1)
 
-    def __init__(self, covariances: Covariances, names: Mapping[str, str]):
-        self._covariances, self._names = covariances, names
+
+class _Renamed(Mapping[str, Tensor]):
+    """Covariances by the keys of others, of pooled inputs where these are."""
+
+    def __init__(self, covariances: Covariances, names: Mapping[str, str], group_pooling: int | None):
+        self._covariances, self._names, self._pooling = covariances, names, group_pooling
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._covariances[self._names[key]]
+        return _read(self._covariances[self._names[key]], self._pooling)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _read(C: Tensor, group_pooling: int | None) -> Tensor:
+    """Return the covariance of what A reads."""
+    return C if group_pooling is None else pool_covariance(C, group_pooling)
 
 
 def _free(
@@ -151,17 +171,21 @@ def _free(
     if config.energy is None:
         return {}, {}, {}
     keeps, least = config.train == "b_in_basis", {keys[name]: r for name, r in sorted(ranks.items(), key=_rank)}
+    L = config.group_pooling
+    assert not isinstance(L, str)
     found: dict[str, tuple[int, float, float, FreeDirections | None]] = {}
     with announcing_failure():
         mine = divide({key: covariances.size(key) ** 3 for key in least})
         for key in tqdm(mine, "free directions", unit="matrix", disable=not progress):
             try:
-                free = null_basis(covariances[key], config.energy)
+                C = covariances[key]
+                free = null_basis(_read(C, L), config.energy)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-            held = FreeDirections(free, dtype=getattr(torch, config.basis_dtype)) if keeps else None
+            dtype = getattr(torch, config.basis_dtype)
+            held = FreeDirections(free, dtype=dtype, group_pooling=L) if keeps else None
             enough = sufficient_energy(free.eigenvalues, least[key])
-            found[key] = free.k, free.info["bound"] ** 2, enough, held
+            found[key] = free.k, max(free.energy_left, 0.0) / _trace(C), enough, held
     found = gather(found)
     few = {name: found[keys[name]][0] for name, r in ranks.items() if found[keys[name]][0] < r}
     if few:
@@ -173,7 +197,7 @@ def _free(
             f"r, or ask for smaller ranks there: rank_pattern={dict(list(few.items())[:5])}."
         )
     counts = {key: entry[0] for key, entry in found.items()}
-    parts = sorted(k / covariances.size(key) for key, k in counts.items())
+    parts = sorted(k * (L or 1) / covariances.size(key) for key, k in counts.items())
     logger.info(
         "energy=%s leaves %.1f %% to %.1f %% of the directions free, in half of the %d groups at least %.1f %%.",
         *(config.energy, 100 * parts[0], 100 * parts[-1], len(parts), 100 * parts[len(parts) // 2]),
@@ -184,6 +208,10 @@ def _free(
 
 def _rank(item: tuple[str, int]) -> int:
     return item[1]
+
+
+def _trace(C: Tensor) -> float:
+    return float(C.diagonal().sum(dtype=torch.float64))
 
 
 def _checked_groups(
@@ -238,7 +266,12 @@ def _warn_of_other_weights(
 
 
 def _solve(
-    covariances: Covariances, ranks: Mapping[str, int], options: Mapping[str, Any], *, progress: bool
+    covariances: Covariances,
+    ranks: Mapping[str, int],
+    options: Mapping[str, Any],
+    group_pooling: int | None,
+    *,
+    progress: bool,
 ) -> tuple[dict[str, NullSpace], dict[str, float]]:
     """Return, by key of a sharing group, the null spaces of the given ranks and their shares of the energy."""
     spaces: dict[str, NullSpace] = {}
@@ -248,8 +281,8 @@ def _solve(
     def matrices(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
             C = covariances[key]
-            traces[key] = float(C.diagonal().sum(dtype=torch.float64))
-            yield key, C
+            traces[key] = _trace(C)
+            yield key, _read(C, group_pooling)
 
     for r in sorted(set(ranks.values())):
         keys = [key for key, rank in ranks.items() if rank == r]

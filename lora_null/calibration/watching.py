@@ -65,8 +65,10 @@ def mismatch(linear: nn.Linear, x: Tensor, output: Any) -> str | None:
         return f"it returns a {type(output).__name__}, where x W^T is a tensor"
     if not output.is_floating_point() or output.shape != expected:
         return f"it returns {output.dtype} {tuple(output.shape)}, where x W^T is {tuple(expected)}"
+    if not is_dense(linear):
+        return None
     weight = linear.weight
-    if not is_dense(linear) or hasattr(weight, "full_tensor") or weight.device != x.device or x.is_meta:
+    if hasattr(weight, "full_tensor") or weight.device != x.device or x.is_meta:
         return None
     rows, outputs = (part.reshape(-1, part.shape[-1])[:_ROWS].float() for part in (x, output))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

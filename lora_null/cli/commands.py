@@ -91,6 +91,7 @@ def init(
     ] = None,
     energy: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "energy"))] = None,
     task: Annotated[Path | None, typer.Option(help="Covariances of the task's text.")] = None,
+    group_pooling: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "group_pooling"))] = None,
     lora_dropout: Annotated[float, typer.Option(help=help_of(LoraNullConfig, "lora_dropout"))] = 0.0,
     layers_to_transform: Annotated[
         str | None, typer.Option(help=help_of(LoraNullConfig, "layers_to_transform"))
@@ -132,6 +133,7 @@ def init(
         modules_to_save=parse_names(modules_to_save),
         train=train,
         energy=energy,
+        group_pooling=int(group_pooling) if group_pooling and group_pooling.isdecimal() else group_pooling,
     )
     loaded_covariances = Covariances.load(covariances)
     loaded_task = None if task is None else Covariances.load(task)

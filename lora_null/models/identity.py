@@ -33,9 +33,9 @@ def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
     digest = hashlib.sha256()
     for name, linear in linears.items():
         with materialized(linear):
-            weight = linear.weight
             if not is_dense(linear):
                 return None
+            weight = linear.weight
             flat = dense_weight(linear).flatten()
             step = max(1, flat.numel() // _SAMPLES)
             sample = flat[::step][:_SAMPLES].to("cpu", torch.bfloat16)

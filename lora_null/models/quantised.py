@@ -15,9 +15,17 @@ from ..system.tensors import PLAIN_TENSORS
 _REPACKS = "support_avx512bf16_for_cpu"
 
 
+def is_linear(module: Any) -> bool:
+    """Tell whether a module is a linear layer: torch's, or a quantised one of its own kind, as HQQ's are."""
+    named = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return isinstance(module, nn.Linear) or (named and callable(getattr(module, "dequantize", None)))
+
+
 def is_dense(linear: nn.Linear) -> bool:
     """Tell whether the weight is a floating-point matrix ``(m, d)`` of torch's own, whole or sharded (``DTensor``)."""
-    weight = linear.weight
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        return False
     known = type(weight) in PLAIN_TENSORS or hasattr(weight, "full_tensor")
     return known and weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features)
 
@@ -31,8 +39,11 @@ def dequantised(linear: nn.Linear) -> Tensor:
     """
     from peft.utils import integrations
 
-    weight: Any = linear.weight
     shape = (linear.out_features, linear.in_features)
+    if not hasattr(linear, "weight"):
+        own: Any = linear
+        return own.dequantize().detach()
+    weight: Any = linear.weight
     if integrations.get_bnb_param_type(weight):
         allow_gradients([linear])
         # dequantize_module_weight would give an 8-bit layer on a CPU a new weight without its scales.

@@ -42,13 +42,19 @@ class Target:
         return self.linear.out_features
 
     @property
+    def _weight(self) -> Tensor | None:
+        """The weight, where the layer keeps it under this name."""
+        return getattr(self.linear, "weight", None)
+
+    @property
     def is_flattened(self) -> bool:
         """Whether FSDP1 or ZeRO-3 has left this process a flat part of the weight."""
-        return self.linear.weight.is_floating_point() and self.linear.weight.ndim == 1
+        weight = self._weight
+        return weight is not None and weight.is_floating_point() and weight.ndim == 1
 
     def require_whole(self, wish: str) -> None:
         """Refuse a weight of which this process holds a part, where ``wish`` makes parameters out of plain tensors."""
-        is_dtensor = hasattr(self.linear.weight, "full_tensor")
+        is_dtensor = hasattr(self._weight, "full_tensor")
         if is_dtensor or self.is_flattened:
             kind = "a DTensor" if is_dtensor else "flattened (FSDP1, ZeRO-3)"
             raise ValueError(
@@ -72,16 +78,16 @@ class Target:
     def require_writable(self, wish: str) -> None:
         """Refuse a weight that cannot take an update in place, which is what ``wish`` needs."""
         self.require_plain(wish)
-        linear, weight = self.linear, self.linear.weight
+        linear, weight = self.linear, self._weight
         if self.tied:
             problem = "shares its weight with another module (tied, or in one memory), which would change along with it"
-        elif any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
-            problem = "holds some values once for several places (an expanded tensor)"
         elif self.is_flattened:
             problem = "is flattened by FSDP1 or ZeRO-3, so that this process holds a part of it"
-        elif not is_dense(linear):
-            kind = f"{type(linear).__name__}, {type(weight).__name__}, {weight.dtype}"
-            problem = f"is quantised ({kind}), so that an update cannot be represented"
+        elif weight is None or not is_dense(linear):
+            kind = type(linear).__name__ + ("" if weight is None else f", {type(weight).__name__}, {weight.dtype}")
+            problem = f"is quantised ({kind}) without zero points that an update could be put into"
+        elif any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+            problem = "holds some values once for several places (an expanded tensor)"
         elif getattr(getattr(linear, "_hf_hook", None), "offload", False):
             problem = "is offloaded, so that accelerate would load the old weight again at the next forward"
         else:
@@ -92,12 +98,22 @@ class Target:
             "training, and the saved adapter afterwards."
         )
 
-    def require_rank(self, r: int) -> None:
-        """Refuse more directions than the layer has inputs; with fewer outputs than directions, some stay unused."""
-        if r > self.d:
+    def require_rank(self, r: int, group_pooling: int | str | None = None) -> None:
+        """Refuse more directions than the layer has inputs; with fewer outputs than directions, some stay unused.
+
+        Pooled inputs are ``d / L``, and ``L`` must divide ``d``.
+        """
+        L = int(group_pooling or 1)
+        if self.d % L:
             raise ValueError(
-                f"r={r} is larger than d={self.d}, the number of inputs of {self.name}. Choose r <= {self.d}, or leave "
-                "the layer out through target_modules."
+                f"group_pooling={L} does not divide d={self.d}, the number of inputs of {self.name}. Choose the group "
+                "size of the quantised base, which divides it, or leave the layer out through target_modules."
+            )
+        if r > self.d // L:
+            pooled = f" in groups of {L}, {self.d // L}" if L > 1 else ""
+            raise ValueError(
+                f"r={r} is larger than d={self.d}{pooled}, the number of inputs of {self.name}. Choose r <= "
+                f"{self.d // L}, or leave the layer out through target_modules."
             )
 
     def require_width(self, size: int) -> None:

@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..system.log import logger, warn_once
+from .quantised import is_linear
 from .refusals import Target
 
 # Heads of classifiers, under the names that PEFT knows.
@@ -25,8 +26,8 @@ class Survey:
 
     Attributes:
         model: The model.
-        linears: Every ``nn.Linear``, subclasses too, by name and in the model's own order; PEFT's factors aside, which
-            are linear layers too: only what they adapt counts.
+        linears: Every linear layer, subclasses of ``nn.Linear`` and quantised layers of other kinds too, by name and in
+            the model's own order; PEFT's factors aside, which are linear layers too: only what they adapt counts.
         heads: Names of the modules of the output head.
         stacks: Matrices stacked into one parameter, as transformers 5 keeps a layer's experts: name to size.
     """
@@ -138,8 +139,8 @@ def survey(model: nn.Module) -> Survey:
         everything.extend(parameters.values())
         if hasattr(module, "base_layer"):
             factors += (f"{name}.lora_",)
-        if isinstance(module, nn.Linear) and not name.startswith(factors):
-            linears[name] = module
+        if is_linear(module) and not name.startswith(factors):
+            linears[name] = cast(nn.Linear, module)
         if id(module) in head_modules:
             heads.add(name)
         if not isinstance(module, nn.modules.conv._ConvNd):

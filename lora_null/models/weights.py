@@ -55,5 +55,5 @@ def dense_weight(linear: nn.Linear) -> Tensor:
 def home_of(linear: nn.Linear) -> torch.device:
     """Return the device on which ``linear`` computes: that of its weight, or where accelerate brings it."""
     with materialized(linear):
-        device = linear.weight.device
+        device = next(linear.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device

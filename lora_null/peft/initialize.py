@@ -19,6 +19,7 @@ from ..models.arguments import takes
 from ..models.quantised import allow_gradients
 from ..models.refusals import Target, require_finite
 from ..models.targets import survey
+from ..models.zero_points import with_group_size
 from ..system.distributed import announcing_failure
 from ..system.log import warn_once
 from .basis import BasisLinear
@@ -42,6 +43,7 @@ def initialize_lora_null_weights(
     energy: float | None = None,
     task: Covariances | None = None,
     basis_dtype: str = "float32",
+    group_pooling: int | str | None = None,
     adapter_name: str = "default",
     method: str = "auto",
     seed: int = 0,
@@ -68,6 +70,7 @@ def initialize_lora_null_weights(
         energy: Share of the energy to protect.
         task: As for :func:`lora_null.initialize`.
         basis_dtype: Of the free directions in memory.
+        group_pooling: Number of inputs that are read as their mean.
         adapter_name: Which adapter to overwrite.
         method: Passed to :func:`lora_null.null_space`.
         seed: Seed of the solver.
@@ -80,7 +83,14 @@ def initialize_lora_null_weights(
         ValueError: The model has no plain LoRA layer of that name, its base weights are not the pre-trained ones, or
             the covariances do not fit it. Nothing is changed then.
     """
-    options = LoraNullConfig(freeze_a=freeze_a, train=train, energy=energy, basis_dtype=basis_dtype, seed=seed)
+    options = LoraNullConfig(
+        freeze_a=freeze_a,
+        train=train,
+        energy=energy,
+        basis_dtype=basis_dtype,
+        group_pooling=group_pooling,
+        seed=seed,
+    )
     layers = lora_layers(peft_model, adapter_name)
     linears = linears_of(peft_model)
     with announcing_failure():
@@ -88,6 +98,7 @@ def initialize_lora_null_weights(
         for name, layer in layers.items():
             _check_layer(name, layer, linears.get(name), adapter_name)
         config = recipe_of(peft_model, adapter_name, options)
+        config = with_group_size(config, {name: linears[name] for name in layers})
     start = start_factors(
         linears,
         {name: layer.r[adapter_name] for name, layer in layers.items()},
