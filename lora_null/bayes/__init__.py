@@ -3,8 +3,8 @@
 After training, for any adapter, ours or plain PEFT: :func:`tfb` and :func:`laplace` return a :class:`Posterior`.
 """
 
+from ..evaluation.metrics import Bin, Scores, calibration_error, reliability, scores
 from .laplace import laplace
-from .metrics import Bin, Scores, calibration_error, reliability, scores
 from .posterior import Posterior
 from .tfb import tfb
 

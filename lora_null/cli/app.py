@@ -30,6 +30,7 @@ for command in (commands.calibrate, commands.init, commands.export, commands.mer
     app.command()(with_flags(command))
 app.command("eval")(with_flags(judging.evaluate))
 app.command()(judging.inspect)
+app.command()(judging.report)
 
 
 @app.command()

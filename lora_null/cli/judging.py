@@ -1,4 +1,4 @@
-"""The commands that judge: eval, inspect."""
+"""The commands that judge: eval, inspect, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..models.settings import Loading
-from .options import AsJson, Model, Progress, Rank, Seed, parse_names
+from .options import AsJson, Model, Overwrite, Progress, Rank, Seed, parse_names
 
 
 def evaluate(
@@ -34,28 +34,49 @@ def evaluate(
     from ..evaluation.documents import read_documents
     from ..evaluation.questions import read_questions
     from ..evaluation.tuned import load_tuned
+    from ..models.loading import choose_device
+    from ..quickstart.measure import Stages
     from .output import print_evaluations
 
     # Files are read before any model is loaded: a mistake in them shows at once.
     texts = {name: read_documents(name, path) for name, path in (("keep", keep), ("task", task)) if path is not None}
     asked = None if questions is None else read_questions(questions)
-    found = {}
+    found, stages = {}, Stages(choose_device(loading.device))
     for path in adapters:
-        tuned, base, tokenizer = load_tuned(model, path, loading)
-        found[str(path)] = run(
-            tuned,
-            tokenizer,
-            **texts,
-            questions=asked,
-            lm_eval_tasks=parse_names(lm_eval_tasks) or (),
-            base=base,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            resamples=resamples,
-            seed=seed,
-            progress=progress,
-        )
-    print_evaluations(model, found, as_json=json)
+        with stages.stage(f"load {path.name}"):
+            tuned, base, tokenizer = load_tuned(model, path, loading)
+        with stages.stage(f"evaluate {path.name}"):
+            found[str(path)] = run(
+                tuned,
+                tokenizer,
+                **texts,
+                questions=asked,
+                lm_eval_tasks=parse_names(lm_eval_tasks) or (),
+                base=base,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                resamples=resamples,
+                seed=seed,
+                progress=progress,
+            )
+    print_evaluations(model, found, stages.done, as_json=json)
+
+
+def report(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    covariances: Annotated[Path | None, typer.Option(help="File written by calibrate.")] = None,
+    eval: Annotated[Path | None, typer.Option(help="File of eval --json.")] = None,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Write one page about an adapter: what was done, kept and learned, with pictures."""
+    from ..covariances.covariances import Covariances
+    from ..evaluation import write_report
+
+    loaded = None if covariances is None else Covariances.load(covariances)
+    path = write_report(adapter, output, covariances=loaded, evaluation=eval, overwrite=overwrite, progress=progress)
+    typer.echo(f"{path}: report on {adapter}")
 
 
 def inspect(

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..covariances.covariances import Covariances
-from ..evaluation import Estimate, Evaluation, Paired
+from ..evaluation import Evaluation
 from ..evaluation.advice import Advice
 from ..evaluation.report import LayerSpectrum, LayerUpdate, rows_as_dicts
+from ..evaluation.results import rows_of
+from ..quickstart.measure import Stage
 
 
 def print_spectra(
@@ -73,39 +75,20 @@ def print_adapter(summary: Mapping[str, Any], rows: list[LayerUpdate], *, as_jso
     _print_table(table, notes)
 
 
-def print_evaluations(model: str, found: Mapping[str, Evaluation], *, as_json: bool) -> None:
+def print_evaluations(model: str, found: Mapping[str, Evaluation], stages: Sequence[Stage], *, as_json: bool) -> None:
     """Print the table of ``lora-null eval``: a row per tuned model and measure."""
     if as_json:
-        _print_json({"model": model, "evaluations": {path: each.to_dict() for path, each in found.items()}})
+        evaluations = {path: each.to_dict() for path, each in found.items()}
+        _print_json({"model": model, "evaluations": evaluations, "stages": [asdict(stage) for stage in stages]})
         return
     table = _table(f"beside {model}", ["tuned model", "measure", "before", "after", "change [95 %]"])
     for path, each in found.items():
-        for measure, before, after, change in evaluation_rows(each):
+        for measure, before, after, change in rows_of(each):
             table.add_row(path, measure, before, after, change)
             path = ""
     notes = ["keep: cross-entropy: nats per token, its change is the forgetting of PEFT's benchmark; KL: of the tuned"]
     notes.append("from the pre-trained next-token distribution, needs no labels; intervals by bootstrap over documents")
     _print_table(table, notes)
-
-
-def evaluation_rows(found: Evaluation) -> list[tuple[str, str, str, str]]:
-    """Return measure, before, after and change with its interval, for each figure of an evaluation."""
-    pairs: dict[str, Paired] = {}
-    single: dict[str, Estimate] = {}
-    for name, text in (("keep", found.keep), ("task", found.task)):
-        if text is not None:
-            pairs[f"{name}: cross-entropy"] = text.cross_entropy
-            single |= {f"{name}: KL": text.kl, f"{name}: top-1 agreement": text.agreement}
-    if found.questions is not None:
-        kinds = {"questions": found.questions}
-        kinds |= {f"questions, {kind}": each for kind, each in found.questions.by_kind.items()}
-        for name, each in kinds.items():
-            pairs |= {f"{name}: accuracy": each.accuracy, f"{name}: log-likelihood": each.log_likelihood}
-    pairs |= {f"{task}: {key}": pair for task, figures in found.lm_eval.items() for key, pair in figures.items()}
-    rows = [
-        (name, f"{pair.before.value:.4g}", f"{pair.after.value:.4g}", str(pair.change)) for name, pair in pairs.items()
-    ]
-    return rows + [(name, "", str(value), "") for name, value in single.items()]
 
 
 def print_timings(timings: Sequence[Mapping[str, Any]], title: str, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from .evaluate import evaluate
 from .intervals import Estimate, Paired
+from .page import write_report
 from .results import Evaluation, QuestionResult, TextResult
 
-__all__ = ["Estimate", "Evaluation", "Paired", "QuestionResult", "TextResult", "evaluate"]
+__all__ = ["Estimate", "Evaluation", "Paired", "QuestionResult", "TextResult", "evaluate", "write_report"]

@@ -2,17 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..models.modes import input_device
+from . import metrics
 from .compare import require_numbers
 from .questions import EncodedQuestion
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to ``n`` questions.
+
+    Attributes:
+        scores: ``(n, choices)`` float64, log-likelihoods in nats; ``-inf`` where a question has fewer choices.
+        labels: ``(n,)``, index of the right choice.
+    """
+
+    scores: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, scores: Sequence[Tensor], right: Sequence[int]) -> Answers:
+        """Gather what :func:`score_choices` returns, and the index of each right choice."""
+        table = pad_sequence([score.double() for score in scores], batch_first=True, padding_value=-math.inf)
+        return cls(table, torch.tensor(right))
+
+    def only(self, chosen: Sequence[int]) -> Answers:
+        """Return the answers to some of the questions."""
+        return Answers(self.scores[chosen], self.labels[chosen])
+
+    @property
+    def probabilities(self) -> Tensor:
+        """``(n, choices)``: the likelihoods of the choices over their sum."""
+        return self.scores.softmax(1)
+
+    def accuracy(self) -> Tensor:
+        """Return ``(n,)``: 1 where the right choice is the likeliest."""
+        return (self.scores.argmax(1) == self.labels).double()
+
+    def log_likelihood(self) -> Tensor:
+        """Return ``(n,)``, of the right choice, in nats."""
+        return self.scores.gather(1, self.labels[:, None])[:, 0]
+
+    def nll(self) -> Tensor:
+        """Return ``(n,)``: ``-ln`` of the right choice's probability among the choices."""
+        return -self.scores.log_softmax(1).gather(1, self.labels[:, None])[:, 0]
+
+    def brier(self) -> Tensor:
+        """Return ``(n,)`` Brier scores."""
+        return metrics.brier_scores(self.probabilities, self.labels)
+
+    def gaps(self) -> Tensor:
+        """Return ``(n, bins)``, see :func:`~lora_null.evaluation.metrics.gaps`."""
+        return metrics.gaps(self.probabilities, self.labels)
+
+    def reliability(self) -> list[metrics.Bin]:
+        """Return the bins that hold answers."""
+        return metrics.reliability(self.probabilities, self.labels)
 
 
 def score_choices(

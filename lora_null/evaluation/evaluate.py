@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..calibration.texts import check_sizes
 from ..models.arguments import takes
 from ..models.modes import evaluating
-from .choices import score_choices
+from .choices import Answers, score_choices
 from .compare import compare
 from .documents import Document, Text, read_documents, tokenise
 from .harness import run_tasks
-from .intervals import estimates, paired
+from .intervals import Paired, estimates, paired, paired_sizes
 from .pretrained import pretrained, require_comparable
 from .questions import EncodedQuestion, Question, encode, read_questions
 from .results import Evaluation, QuestionResult, TextResult
@@ -128,29 +128,33 @@ class _Run:
 
     def questions(self, asked: list[Question], encoded: list[EncodedQuestion]) -> QuestionResult:
         with pretrained(self.model, self.base) as before:
-            columns_before = self._answers(before, encoded, "questions, before")
-        columns = *columns_before, *self._answers(self.model, encoded, "questions, after")
+            first = self._answers(before, encoded, "questions, before")
+        both = first, self._answers(self.model, encoded, "questions, after")
         kinds = sorted({question.kind for question in asked} - {""})
         members = {kind: [index for index, question in enumerate(asked) if question.kind == kind] for kind in kinds}
-        by_kind = {kind: self._of(columns, chosen) for kind, chosen in members.items()}
-        return replace(self._of(columns, list(range(len(asked)))), by_kind=by_kind)
+        by_kind = {kind: self._of(*(each.only(chosen) for each in both)) for kind, chosen in members.items()}
+        return replace(self._of(*both), by_kind=by_kind)
 
-    def _answers(self, model: nn.Module, encoded: list[EncodedQuestion], description: str) -> tuple[Tensor, Tensor]:
-        """Return whether each question is answered rightly, and the right answer's log-likelihood, ``(n,)`` each."""
+    def _answers(self, model: nn.Module, encoded: list[EncodedQuestion], description: str) -> Answers:
         scores = score_choices(
             model, encoded, batch_size=self.batch_size, description=description, progress=self.progress
         )
-        pairs = list(zip(scores, encoded, strict=True))
-        right = torch.tensor([float(score.argmax() == question.right) for score, question in pairs])
-        return right, torch.stack([score[question.right] for score, question in pairs])
+        return Answers.of(scores, [question.right for question in encoded])
 
-    def _of(self, columns: tuple[Tensor, ...], chosen: list[int]) -> QuestionResult:
-        right_before, likelihood_before, right_after, likelihood_after = (column[chosen] for column in columns)
-        ones = torch.ones(len(chosen))
+    def _of(self, before: Answers, after: Answers) -> QuestionResult:
+        ones = torch.ones(len(before.labels))
+
+        def means(of: Callable[[Answers], Tensor]) -> Paired:
+            return paired(of(before), of(after), ones, **self.resampling)
+
         return QuestionResult(
-            len(chosen),
-            paired(right_before, right_after, ones, **self.resampling),
-            paired(likelihood_before, likelihood_after, ones, **self.resampling),
+            len(ones),
+            accuracy=means(Answers.accuracy),
+            log_likelihood=means(Answers.log_likelihood),
+            nll=means(Answers.nll),
+            ece=paired_sizes(before.gaps(), after.gaps(), **self.resampling),
+            brier=means(Answers.brier),
+            reliability={"before": before.reliability(), "after": after.reliability()},
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,29 +82,31 @@ def spectrum_report(
         _check_comparable(covariances, against)
     rows = []
     for key, C in tqdm(covariances.items(), "spectra", total=len(covariances), unit="matrix", disable=not progress):
-        tokens, held = covariances.tokens[key], {}
         if against is None:
-            eigenvalues = torch.linalg.eigvalsh(C.double())
-        else:
-            eigenvalues, vectors = torch.linalg.eigh(C.double())
-            tokens = min(tokens, against.tokens[against.group_of(key)])
-            held = _held(vectors[:, :r], against[key].double())
-        positive = eigenvalues.clamp(min=0)
-        rows.append(
-            LayerSpectrum(
-                name=key,
-                layers=len(covariances.groups[key]),
-                d=len(C),
-                tokens=tokens,
-                null_energy=_ratio(float(positive[:r].sum()), float(positive.sum())),
-                gap=_ratio(float(positive[r]), float(positive[r - 1])),
-                effective_rank=effective_rank(positive.sqrt()),
-                condition=_ratio(float(positive[-1]), float(positive[0])),
-                knee=int((positive < positive.mean()).sum()),
-                **held,
-            )
-        )
+            rows.append(layer_spectrum(key, covariances, torch.linalg.eigvalsh(C.double()), r))
+            continue
+        eigenvalues, vectors = torch.linalg.eigh(C.double())
+        row = layer_spectrum(key, covariances, eigenvalues, r)
+        tokens = min(row.tokens, against.tokens[against.group_of(key)])
+        caught, generalisation = _held(vectors[:, :r], against[key].double())
+        rows.append(replace(row, tokens=tokens, against_energy=caught, generalisation=generalisation))
     return rows
+
+
+def layer_spectrum(key: str, covariances: Covariances, eigenvalues: Tensor, r: int) -> LayerSpectrum:
+    """Return the row of one group from its eigenvalues ``(d,)``, ascending, for ``r`` directions, ``1 <= r <= d``."""
+    positive, d = eigenvalues.clamp(min=0), len(eigenvalues)
+    return LayerSpectrum(
+        name=key,
+        layers=len(covariances.groups[key]),
+        d=d,
+        tokens=covariances.tokens[key],
+        null_energy=_ratio(float(positive[:r].sum()), float(positive.sum())),
+        gap=_ratio(float(positive[min(r, d - 1)]), float(positive[r - 1])),
+        effective_rank=effective_rank(positive.sqrt()),
+        condition=_ratio(float(positive[-1]), float(positive[0])),
+        knee=int((positive < positive.mean()).sum()),
+    )
 
 
 def effective_rank(singular_values: Tensor) -> float:
@@ -140,9 +142,13 @@ class LayerUpdate:
 
 
 def adapter_report(
-    path: str | os.PathLike, covariances: Covariances | None = None, *, progress: bool = True
+    path: str | os.PathLike,
+    covariances: Covariances | None = None,
+    *,
+    eigenvalues: Mapping[str, Tensor] | None = None,
+    progress: bool = True,
 ) -> tuple[dict[str, Any], list[LayerUpdate]]:
-    """Summarise an adapter folder.
+    """Summarise an adapter folder; ``eigenvalues`` are those of :func:`eigenvalues_of`, where they are known already.
 
     Returns:
         ``(summary, layers)``; the summary holds the settings that readers of the adapter use.
@@ -155,7 +161,7 @@ def adapter_report(
     factors, state = adapter.factors, adapter.state
     rows = []
     # Kept for each sharing group, whose layers are apart in the file: vectors are small, eigenproblems are not.
-    eigenvalues: dict[str, Tensor] = {}
+    known = dict(eigenvalues or {})
     for name, (lora_A, lora_B) in tqdm(factors.items(), "updates", unit="layer", disable=not progress):
         factor_A, factor_B = lora_A.double(), adapter.scaling_of(name) * lora_B.double()
         if covariances is None:
@@ -163,9 +169,9 @@ def adapter_report(
             continue
         C = _covariance_for(name, lora_A, covariances)
         key = covariances.group_of(name)
-        if key not in eigenvalues:
-            eigenvalues[key] = torch.linalg.eigvalsh(C)
-        rows.append(_measure(name, factor_A, factor_B, C, eigenvalues[key]))
+        if key not in known:
+            known[key] = torch.linalg.eigvalsh(C)
+        rows.append(_measure(name, factor_A, factor_B, C, known[key]))
     summary = {
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.r,
@@ -237,10 +243,10 @@ def response(lora_A: Tensor, lora_B: Tensor, C: Tensor) -> float | None:
     return float((gram_B * (lora_A @ C @ lora_A.T)).sum()) * C.shape[0] / (norm_squared * trace)
 
 
-def _held(U: Tensor, C: Tensor) -> dict[str, float]:
-    """Return what the directions ``U (d, r)`` catch of the energy of ``C (d, d)``, as fields of a spectrum."""
+def _held(U: Tensor, C: Tensor) -> tuple[float, float]:
+    """Return what the directions ``U (d, r)`` catch of the energy of ``C (d, d)``, over all of it and over the least."""
     caught = max(0.0, float((U * (C @ U)).sum()))
-    return {"against_energy": _ratio(caught, float(C.trace())), "generalisation": row_space_energy(U.T, C)}
+    return _ratio(caught, float(C.trace())), row_space_energy(U.T, C)
 
 
 def _check_comparable(covariances: Covariances, against: Covariances) -> None:

@@ -14,7 +14,7 @@ import lora_null
 from lora_null import cli
 from lora_null.calibration.texts import read_texts, token_batches
 
-COMMANDS = ("calibrate", "init", "export", "merge", "eval", "inspect", "bench", "quickstart")
+COMMANDS = ("calibrate", "init", "export", "merge", "eval", "inspect", "report", "bench", "quickstart")
 
 
 def logits(model):
@@ -40,6 +40,7 @@ class TestHelp:
     def test_flags_are_the_names_of_the_python_arguments(self):
         """What a flag sets must be an argument of the function behind the command."""
         from lora_null.adapters import export_adapter
+        from lora_null.evaluation import write_report
         from lora_null.evaluation.report import adapter_report, spectrum_report
         from lora_null.models.settings import Loading
         from lora_null.quickstart.settings import Settings
@@ -51,13 +52,16 @@ class TestHelp:
             "export": [export_adapter],
             "evaluate": [lora_null.evaluate],
             "inspect": [adapter_report, spectrum_report],
+            "report": [write_report],
             "quickstart": [Settings],
         }
         common = {"output", "overwrite", "dry_run", "json", *Loading.__dataclass_fields__}
         for name, functions in behind.items():
             (command,) = [c.callback for c in cli.app.registered_commands if c.callback.__name__ == name]
             known = fields | common | {p for f in functions for p in inspect.signature(f).parameters}
-            assert set(inspect.signature(command).parameters) <= known | {"path", "covariances", "adapters"}, name
+            assert set(inspect.signature(command).parameters) <= known | {"path", "covariances", "adapters", "eval"}, (
+                name
+            )
 
     def test_version_and_no_heavy_import(self):
         code = (

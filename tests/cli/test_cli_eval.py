@@ -99,6 +99,20 @@ def test_the_table_has_every_adapter_and_measure(inputs, tuned, run):
     assert str(ours) in out and str(plain) in out
 
 
+def test_report_shows_what_eval_found(inputs, tuned, run):
+    path = tuned("ours")[0]
+    code, out, err = run("eval", inputs / "model", path, "--keep", inputs / "keep.jsonl", "--json", "--no-progress")
+    assert code == 0, err
+    (inputs / "e.json").write_text(out)
+    change = json.loads(out)["evaluations"][str(path)]["keep"]["cross_entropy"]["change"]["value"]
+    code, out, err = run("report", path, "--eval", inputs / "e.json", "--output", inputs / "r.html", "--no-progress")
+    assert code == 0 and "r.html: report on" in out, err
+    page = (inputs / "r.html").read_text()
+    assert f"<b>{change:.4g}</b>" in page and "evaluate ours" in page and "load ours" in page
+    code, out, err = run("report", path, "--output", inputs / "r.html", "--no-progress")
+    assert code == 2 and "--overwrite" in err
+
+
 class TestRefusals:
     def refused(self, run, *arguments):
         code, out, err = run("eval", *arguments, "--no-progress")

@@ -7,7 +7,7 @@ import torch
 from evaluation_tools import questions, texts, tuned
 
 import lora_null
-from lora_null.evaluation import compare, documents
+from lora_null.evaluation import choices, compare, documents, metrics
 
 ADAPTERS = ("frozen A", "trained A", "peft", "peft frozen A", "peft trained A", "injected", "base")
 
@@ -60,15 +60,27 @@ def test_questions_agree_with_plain_torch(kind, tokenizer):
     for kind_name, chosen in (("", asked), ("a", asked[::2]), ("b", asked[1::2])):
         part = found.by_kind[kind_name] if kind_name else found
         assert part.questions == len(chosen)
-        for m, accuracy, likelihood in (
-            (untouched, part.accuracy.before, part.log_likelihood.before),
-            (model, part.accuracy.after, part.log_likelihood.after),
-        ):
+        for m, when in ((untouched, "before"), (model, "after")):
             scores = [[score(m, q["question"], choice) for choice in q["choices"]] for q in chosen]
             right = [row.index(max(row)) == q["answer"] for row, q in zip(scores, chosen, strict=True)]
             truth = [row[q["answer"]] for row, q in zip(scores, chosen, strict=True)]
-            assert accuracy.value == pytest.approx(sum(right) / len(chosen))
-            assert likelihood.value == pytest.approx(sum(truth) / len(chosen), abs=5e-6)
+            assert getattr(part.accuracy, when).value == pytest.approx(sum(right) / len(chosen))
+            assert getattr(part.log_likelihood, when).value == pytest.approx(sum(truth) / len(chosen), abs=5e-6)
+            p, labels = torch.tensor(scores).softmax(1), torch.tensor([q["answer"] for q in chosen])
+            expected = metrics.scores(p, labels)
+            for name in ("nll", "ece", "brier"):
+                assert getattr(getattr(part, name), when).value == pytest.approx(getattr(expected, name), abs=5e-6)
+            assert [b.share for b in part.reliability[when]] == [b.share for b in metrics.reliability(p, labels)]
+
+
+def test_questions_may_have_different_numbers_of_choices():
+    answers = choices.Answers.of([torch.tensor([-1.0, -900.0]), torch.tensor([-3.0, -2.0, -4.0])], [1, 1])
+    assert answers.accuracy().tolist() == [0, 1] and answers.log_likelihood().tolist() == [-900, -2]
+    second = torch.tensor([-3.0, -2.0, -4.0], dtype=torch.float64).softmax(0)
+    # 899 nats are beyond what a probability in float64 can say.
+    assert answers.nll().tolist() == pytest.approx([899, -float(second[1].log())])
+    assert answers.brier().tolist() == pytest.approx([2, float((second**2).sum() - 2 * second[1] + 1)])
+    assert answers.gaps().sum(1).tolist() == pytest.approx([1, float(second[1]) - 1])
 
 
 def test_only_the_completion_of_a_task_counts(tokenizer):

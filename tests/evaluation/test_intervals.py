@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lora_null.evaluation.intervals import estimates, paired
+from lora_null.evaluation.intervals import estimates, paired, paired_sizes
+from lora_null.evaluation.metrics import gaps
 
 
 def covered(n, draw, truth, trials=300):
@@ -85,3 +86,28 @@ def test_blocks_of_resamples_give_what_one_block_gives(monkeypatch):
     monkeypatch.setattr(intervals, "_BLOCK", 70)
     parts = estimates({"x": x}, ones)["x"]
     assert math.isclose(parts.low, whole.low) and math.isclose(parts.high, whole.high)
+
+
+def judged(sure, generator, n):
+    """Confidences of ``n`` answers and ``(n, 15)`` gaps; the right share is ``1 / 2 + (confidence - 1 / 2) / sure``."""
+    confidence = 0.5 + 0.5 * torch.rand(n, generator=generator, dtype=torch.float64)
+    right = torch.rand(n, generator=generator, dtype=torch.float64) < 0.5 + (confidence - 0.5) / sure
+    return gaps(torch.stack([confidence, 1 - confidence], 1), (~right).long())
+
+
+# The error of a model that is twice too far from 1 / 2 is 1 / 8 in the mean; of an honest one it is zero. Over 300
+# trials the errors were covered in 84 to 97 %, their change in 90 % and more; percentiles of the resamples hold an
+# honest model's zero in none.
+@pytest.mark.parametrize("n", [60, 400])
+@pytest.mark.parametrize(("sure", "truth"), [(2, 0.125), (1, 0.0)])
+@pytest.mark.usefixtures("one_thread")
+def test_intervals_of_calibration_errors_cover_the_truth(n, sure, truth):
+    hits = {"before": 0, "after": 0, "change": 0}
+    for trial in range(200):
+        generator = torch.Generator().manual_seed(trial)
+        other, honest = judged(sure, generator, n), judged(1, generator, n)
+        found = paired_sizes(other, honest, resamples=200, seed=trial)
+        for name, true in (("before", truth), ("after", 0.0), ("change", -truth)):
+            hits[name] += getattr(found, name).low <= true <= getattr(found, name).high
+    assert min(hits.values()) >= 160 and hits["change"] >= 174, hits
+    assert found.change.high - found.change.low < 6 / n**0.5

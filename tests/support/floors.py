@@ -28,12 +28,12 @@ FLOORS: list[dict[str, str]] = [
         "calibration": "texts to covariances",
     },
     {
-        "bayes": "posteriors over adapters, and honest probabilities from them",
         "evaluation": "a tuned model beside the pre-trained one; spectra and adapters in figures",
         "peft": "the same for models that PEFT has prepared",
     },
     {
         "__init__": "the public names, loaded on first use",
+        "bayes": "posteriors over adapters, and honest probabilities from them",
         "integrations": "for other people's training programs: a trainer callback, a plugin for axolotl",
         "quickstart": "the whole way on a real model",
     },

@@ -41,13 +41,29 @@ def scores(probabilities: Tensor, labels: Tensor, *, bins: int = BINS) -> Scores
     Raises:
         ValueError: Shapes do not fit, a row is no distribution, or a label is no class.
     """
-    p = _checked(probabilities, labels)
-    right = p.gather(1, labels.cpu()[:, None])[:, 0]
-    # sum_c (p_c - y_c)^2 = sum p^2 - 2 p_y + 1
-    brier = ((p**2).sum(1) - 2 * right + 1).mean()
+    p, labels = _checked(probabilities, labels), labels.cpu()
+    right = p.gather(1, labels[:, None])[:, 0]
     nll = -right.clamp_min(torch.finfo(torch.float64).tiny).log().mean()
-    accuracy = (p.argmax(1) == labels.cpu()).double().mean()
-    return Scores(float(accuracy), float(nll), calibration_error(p, labels, bins=bins), float(brier))
+    accuracy = (p.argmax(1) == labels).double().mean()
+    return Scores(
+        float(accuracy), float(nll), calibration_error(p, labels, bins=bins), float(brier_scores(p, labels).mean())
+    )
+
+
+def brier_scores(p: Tensor, labels: Tensor) -> Tensor:
+    """Return ``sum_c (p_c - [c right])^2`` of each row of ``p (N, classes)``; ``labels (N,)``."""
+    # sum_c (p_c - y_c)^2 = sum p^2 - 2 p_y + 1
+    return (p**2).sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1
+
+
+def gaps(p: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
+    """Return ``(N, bins)``: confidence minus hit of each row of ``p (N, classes)`` in its bin, zero elsewhere.
+
+    The calibration error of any of the rows is the sum of the sizes of the bins' means over them.
+    """
+    confidence, chosen = p.max(1)
+    gap = confidence - (chosen == labels).double()
+    return torch.zeros(len(p), bins, dtype=torch.float64).scatter(1, _bin_of(confidence, bins)[:, None], gap[:, None])
 
 
 @takes(probabilities=Tensor, labels=Tensor)
@@ -62,7 +78,8 @@ def calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = BINS
     Raises:
         ValueError: Shapes do not fit, a row is no distribution, or a label is no class.
     """
-    return sum(abs(b.confidence - b.accuracy) * b.share for b in reliability(probabilities, labels, bins=bins))
+    _require_bins(bins)
+    return float(gaps(_checked(probabilities, labels), labels.cpu(), bins).mean(0).abs().sum())
 
 
 @dataclass(frozen=True)
@@ -77,16 +94,24 @@ class Bin:
 @takes(probabilities=Tensor, labels=Tensor)
 def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = BINS) -> list[Bin]:
     """Return the bins that hold predictions, by ascending confidence; arguments as in :func:`calibration_error`."""
-    if bins < 1:
-        raise ValueError(f"bins={bins}; expected at least 1.")
+    _require_bins(bins)
     confidence, chosen = _checked(probabilities, labels).max(1)
     hit = (chosen == labels.cpu()).double()
-    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    index = _bin_of(confidence, bins)
     found = []
     for number in index.unique().tolist():
         inside = index == number
         found.append(Bin(float(confidence[inside].mean()), float(hit[inside].mean()), float(inside.double().mean())))
     return found
+
+
+def _bin_of(confidence: Tensor, bins: int) -> Tensor:
+    return (confidence * bins).ceil().long().clamp(1, bins) - 1
+
+
+def _require_bins(bins: int) -> None:
+    if bins < 1:
+        raise ValueError(f"bins={bins}; expected at least 1.")
 
 
 def _checked(probabilities: Tensor, labels: Tensor) -> Tensor:
