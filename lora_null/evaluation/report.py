@@ -244,7 +244,7 @@ def response(lora_A: Tensor, lora_B: Tensor, C: Tensor) -> float | None:
 
 
 def _held(U: Tensor, C: Tensor) -> tuple[float, float]:
-    """Return what the directions ``U (d, r)`` catch of the energy of ``C (d, d)``, over all of it and over the least."""
+    """Return what the directions ``U (d, r)`` catch of ``C (d, d)``, over its trace and over the optimum."""
     caught = max(0.0, float((U * (C @ U)).sum()))
     return _ratio(caught, float(C.trace())), row_space_energy(U.T, C)
 

@@ -47,7 +47,15 @@ class Browser:
 
         command = [path, *FLAGS, f"--user-data-dir={self.profile.name}", "about:blank"]
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, preexec_fn=connect, close_fds=False, stdout=quiet, stderr=quiet)
+        # What it leaves in the folder for temporary files goes with the profile.
+        self.process = subprocess.Popen(
+            command,
+            preexec_fn=connect,
+            close_fds=False,
+            stdout=quiet,
+            stderr=quiet,
+            env={**os.environ, "TMPDIR": self.profile.name},
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self.number, self.session, self.events, self.rest = 0, None, [], b""
