@@ -20,16 +20,19 @@ RESULTS = records.RESULTS / "retention.jsonl"
 MODELS = {source.name: source for source in (models.SMOLLM2, models.GEMMA3)}
 
 
-def plan(names: list[str], tasks: list[str], methods: list[str], seeds: int) -> Iterator[Run]:
-    """Yield every run: the contenders on each model with every seed, then the other methods with one, then tasks."""
-    contenders = [method for method in CONTENDERS if method in methods]
-    others = [method for method in methods if method not in contenders]
+def plan(names: list[str], tasks: list[str], chosen: list[str] | None, seeds: int, rates: int = 3) -> Iterator[Run]:
+    """Yield every run: the contenders on each model with every seed, then the other methods with one, then tasks.
+
+    Methods that are ``chosen`` are the contenders, and there are no others.
+    """
+    contenders = chosen or [*CONTENDERS]
+    others = [] if chosen else [method for method in METHODS if method not in contenders]
     for task in tasks:
-        for chosen, count in ((contenders, seeds), (others, 1)):
+        for methods, count in ((contenders, seeds), (others, 1)):
             # The middle of each grid first, with every seed: a comparison of all, with its spread, after few runs.
-            for rank in (1, 0, 2):
+            for rank in (1, 0, 2)[:rates]:
                 for name in names:
-                    for seed, method in product(range(count), chosen):
+                    for seed, method in product(range(count), methods):
                         yield Run(name, task, method, METHODS[method].learning_rates[rank], seed)
 
 
@@ -53,7 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retention", description=purpose)
     parser.add_argument("--model", action="append", choices=MODELS, help="default: all")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="of the contenders; the other methods run with one")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of the contenders, or of every --method; others run with one"
+    )
+    parser.add_argument("--rates", type=int, choices=(1, 2, 3), default=3, help="of each grid, the middle one first")
     parser.add_argument(
         "--knowledge", type=Path, help=".jsonl file of questions and answers, as NQ-Open; half is asked"
     )
@@ -70,7 +76,7 @@ def main() -> None:
     tasks = ([arguments.task.stem] if arguments.task else []) + ["problems"]
     bench: Bench | None = None
     done = 0
-    for run in plan(arguments.model or [*MODELS], tasks, arguments.method or [*METHODS], arguments.seeds):
+    for run in plan(arguments.model or [*MODELS], tasks, arguments.method, arguments.seeds, arguments.rates):
         if bench is None or (bench.name, bench.task) != (run.model, run.task):
             bench = None  # the last one's memory first
             path = str(models.fetch_model(source=MODELS[run.model]))

@@ -38,6 +38,11 @@ class Pair:
     completion: str
 
     @property
+    def question(self) -> str:
+        """The prompt without its form."""
+        return self.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+
+    @property
     def text(self) -> str:
         """Both, as the calibration reads them."""
         return self.prompt + self.completion
@@ -48,7 +53,8 @@ class Data:
     """Everything that one model is trained with and judged by.
 
     Attributes:
-        calibration: Padded batches of the text to be kept.
+        calibration: Padded batches of the text to be kept: facts, and questions with their answers.
+        bare: The same questions without facts and answers, as the published calibration has them.
         facts: Held-out country facts, reworded.
         facts_same: The same facts in the words of the calibration.
         knowledge: Held-out questions of the knowledge file with their answers; empty without a file.
@@ -58,6 +64,7 @@ class Data:
     """
 
     calibration: list[dict[str, Tensor]]
+    bare: list[dict[str, Tensor]]
     facts: list[EncodedQuestion]
     facts_same: list[EncodedQuestion]
     knowledge: list[Document]
@@ -106,6 +113,7 @@ def gather(
         )
     return Data(
         calibration=token_batches(tokenizer, texts, batch_size=32),
+        bare=token_batches(tokenizer, [pair.question for pair in learn], batch_size=32),
         facts=[_question(tokenizer, reworded[index]) for index in asked],
         facts_same=[_question(tokenizer, held_out[index]) for index in asked],
         knowledge=[Document(*encode_pair(tokenizer, pair.prompt, pair.completion)) for pair in ask[:items]],
@@ -135,9 +143,9 @@ def split(pairs: list[Pair], half: int) -> list[Pair]:
 
 
 @torch.no_grad()
-def own_texts(model: Any, tokenizer: Any, count: int, length: int) -> list[Document]:
+def own_texts(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[Document]:
     """Let the model write ``count`` documents of ``length`` tokens, each drawn from its own distribution."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     beginning = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = torch.full((count, 1), beginning)
     past = None

@@ -18,6 +18,8 @@ from lora_null.models.targets import target_linears
 MODERATE = (3e-4, 1e-3, 3e-3)
 # Methods whose two factors do not start at zero need a tenth of the learning rate of those that do.
 GENTLE = (1e-4, 3e-4, 1e-3)
+# Calibration texts beside the usual one, which has facts and questions with their answers, and what they are called.
+TEXTS = {"bare": "bare questions", "own": "its own text", "bare+own": "bare questions and its own text"}
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Method:
         learning_rates: The grid: low, middle, high.
         weight_decay: Of AdamW.
         optimizer: Instead of AdamW: from the model and the learning rate.
+        text: What is calibrated on, as :meth:`benchmarks.retention.study.Bench.covariances` names it.
     """
 
     attach: Callable[[Any, Start], nn.Module]
     learning_rates: tuple[float, float, float] = MODERATE
     weight_decay: float = 0.0
     optimizer: Callable[[Any, float], torch.optim.Optimizer] | None = None
+    text: str = "words"
 
 
 def full(model: Any, start: Start) -> nn.Module:
@@ -200,6 +204,14 @@ METHODS: dict[str, Method] = {
     "OLoRA": Method(olora, GENTLE),
     "EVA": Method(eva),
     "MiCA": Method(mica),
+    **{
+        f"{name}, on {label}": Method(attach, rates, text=text)
+        for text, label in TEXTS.items()
+        for name, attach, rates in (
+            ("LoRA-Null", lora_null_frozen, (1e-3, 3e-3, 1e-2)),
+            ("Null-Basis", null_basis, MODERATE),
+        )
+    },
 }
 # Those that the question is about; every seed of theirs is run before any other method.
 CONTENDERS = tuple(METHODS)[:9]

@@ -29,6 +29,8 @@ from . import data
 from .methods import METHODS, Start
 
 BEFORE = "before"
+# Of 48 tokens: 12,288, about as many as the questions have with their answers.
+CALIBRATION_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -106,25 +108,35 @@ class Bench:
         self.cache = cache / f"{name}-{self.data.names['knowledge'][-12:] or 'facts'}"
         self.cache.mkdir(parents=True, exist_ok=True)
         base = self.fresh()
-        self.covariances = self._covariances(base)
-        self.keep = self._own(base)
+        self.keep = self._own(base, sizes.documents, seed=0)
         self.base = Remembered(base)
 
     def fresh(self) -> Any:
         """Load the model, frozen."""
         return load_model(self.path, torch.float32, "cpu").requires_grad_(False)
 
-    def _covariances(self, base: Any) -> lora_null.Covariances:
-        path = self.cache / "calibration.safetensors"
+    def covariances(self, text: str) -> lora_null.Covariances:
+        """Calibrate on ``words``, ``bare`` or ``own`` text, or on several joined by ``+``, whose covariances add up."""
+        return sum((self._calibrated(part) for part in text.split("+")[1:]), self._calibrated(text.split("+")[0]))
+
+    def _calibrated(self, text: str) -> lora_null.Covariances:
+        path = self.cache / ("calibration.safetensors" if text == "words" else f"calibration-{text}.safetensors")
         if not path.exists():
             config = lora_null.LoraNullConfig(r=self.sizes.r)
-            lora_null.calibrate(base, self.data.calibration, config, progress=False).save(path)
+            batches = {"words": lambda: self.data.calibration, "bare": lambda: self.data.bare, "own": self._own_batches}
+            lora_null.calibrate(self.base.model, batches[text](), config, progress=False).save(path)
         return lora_null.Covariances.load(path)
 
-    def _own(self, base: Any) -> list[Document]:
-        path = self.cache / f"own-{self.sizes.documents}-{self.sizes.document_tokens}.pt"
+    def _own_batches(self) -> list[dict[str, Tensor]]:
+        """Return text that the model writes for calibration: none of what it is judged by."""
+        texts = [torch.tensor(document.ids) for document in self._own(self.base.model, CALIBRATION_DOCUMENTS, seed=1)]
+        return [{"input_ids": torch.stack(texts[i : i + 32])} for i in range(0, len(texts), 32)]
+
+    def _own(self, base: Any, count: int, seed: int) -> list[Document]:
+        length = self.sizes.document_tokens
+        path = self.cache / f"own-{count}-{length}.pt"
         if not path.exists():
-            written = data.own_texts(base, self.tokenizer, self.sizes.documents, self.sizes.document_tokens)
+            written = data.own_texts(base, self.tokenizer, count, length, seed)
             torch.save([document.ids for document in written], path)
         return [Document(ids) for ids in torch.load(path, weights_only=True)]
 
@@ -144,7 +156,7 @@ class Bench:
             run.seed,
             self.data.calibration,
             [pad_batch(group) for group in groups],
-            self.covariances,
+            self.covariances(method.text),
             self.cache,
         )
         torch.manual_seed(run.seed)

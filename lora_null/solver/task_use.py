@@ -42,7 +42,8 @@ def most_used(T: Tensor, free: NullBasis, r: int, rounding: float) -> Tensor:
         compressed = _symmetric(rows - (rows @ P) @ P.mT - 2 * norm * (P @ P.mT))
     values, S = exact(compressed, lambda values: (len(values) - r, len(values)))
     checks.refuse_indefinite(T, values[len(values) - free.k :], "null_space: task")
-    if float(values[-1]) <= 4 * rounding * norm:
+    # Of T, each entry to `rounding` of itself; of the free directions and the products with them, sqrt(d) of fp64's.
+    if float(values[-1]) <= 4 * max(rounding, len(T) ** 0.5 * torch.finfo(T.dtype).eps) * norm:
         raise ValueError(
             f"null_space: task sees nothing in the {free.k} free directions (its largest eigenvalue there is "
             f"{float(values[-1]) / norm:.1e} of its norm, which is rounding); expected a task that uses some of them. "
