@@ -154,5 +154,7 @@ def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwr
     """
     path = Path(output)
     with replaced_folder(path, partial(check_merge_target, path, overwrite=overwrite, tokenizer=tokenizer)) as new:
-        model.save_pretrained(new)
+        # How it read the tensors of a quantised checkpoint, transformers 5.23 cannot undo, and need not.
+        own = {} if getattr(model, "hf_quantizer", None) is None else {"save_original_format": False}
+        model.save_pretrained(new, **own)
         tokenizer.save_pretrained(new)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_null
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEEDS = {"trl_sft": ["trl", "datasets"], "qlora": ["bitsandbytes"]}
+NEEDS = {"trl_sft": ["trl", "datasets"], "qlora": ["bitsandbytes"], "qalora": ["torchao"]}
 STEPS = {"trainer", "trl_sft"}
 
 
@@ -65,6 +65,16 @@ def test_example(name, texts, monkeypatch):
         pytest.importorskip(package)
     start(name, monkeypatch, *arguments(name, texts))
     assert moves_the_base(texts)
+
+
+def test_a_4_bit_model_learns_and_stays_one(texts, monkeypatch):
+    for package in NEEDS["qalora"]:
+        pytest.importorskip(package)
+    start("qalora", monkeypatch, *arguments("qalora", texts), "--group", "8")
+    merged = AutoModelForCausalLM.from_pretrained(texts / "adapter", device_map="cpu")
+    weight = merged.model.layers[0].mlp.up_proj.weight
+    assert weight.qdata.dtype == torch.int8 and -8 <= weight.qdata.min() < weight.qdata.max() <= 7
+    assert weight.zero_point.is_floating_point() and not torch.equal(weight.zero_point, weight.zero_point.round())
 
 
 def test_fsdp2_under_torchrun(texts):
