@@ -19,20 +19,16 @@ parser.add_argument("--rank", type=int, default=16)
 parser.add_argument("--group", type=int, default=32, help="inputs that share a scale and a zero point")
 args = parser.parse_args()
 
-kind = IntxWeightOnlyConfig(
-    weight_dtype=torch.int4, granularity=PerGroup(args.group), mapping_type=MappingType.ASYMMETRIC
-)
-model = AutoModelForCausalLM.from_pretrained(
-    args.model, quantization_config=TorchAoConfig(kind), dtype=torch.float32, device_map="cpu"
-)
+kind = IntxWeightOnlyConfig(torch.int4, PerGroup(args.group), MappingType.ASYMMETRIC)
+options = {"quantization_config": TorchAoConfig(kind), "dtype": torch.float32, "device_map": "cpu"}
+model = AutoModelForCausalLM.from_pretrained(args.model, **options)
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 keep, learn = (
-    [tokenizer(text, return_tensors="pt").to(model.device) for text in file.read_text().split("\n\n")]
+    [tokenizer(text, return_tensors="pt") for text in file.read_text().split("\n\n")]
     for file in (args.keep, args.learn)
 )
 config = lora_null.LoraNullConfig(r=args.rank, group_pooling="auto")  # the base's group size
-covariances = lora_null.calibrate(model, keep, config)
-model = lora_null.initialize(model, covariances, config)
+model = lora_null.initialize(model, lora_null.calibrate(model, keep, config), config)
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
 for batch in learn:

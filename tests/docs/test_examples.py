@@ -157,7 +157,7 @@ def test_serve_writes_what_its_commands_name(adapted, monkeypatch, capsys):
 
 
 def test_examples_are_short_and_all_of_them_are_run():
-    run = {"trainer", "trl_sft", "peft_model", "qlora", "fsdp2", "continual", "evaluate_and_report", "serve"}
+    run = {"trainer", "trl_sft", "peft_model", "qlora", "qalora", "fsdp2", "continual", "evaluate_and_report", "serve"}
     files = sorted(EXAMPLES.glob("*.py"))
     assert {file.stem for file in files} == run
     for file in files:
