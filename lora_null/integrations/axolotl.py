@@ -33,7 +33,10 @@ else:
         """The keys that the plugin adds to axolotl's configuration."""
 
         lora_null_covariances: str | None = Field(None, description="File from lora-null calibrate on base_model.")
-        lora_null_freeze_a: bool = Field(True, description="Train lora_B only, on the untouched base.")
+        lora_null_train: str = Field("b", description="What learns: b, b_in_basis or ab, as in LoraNullConfig.")
+        lora_null_energy: float | None = Field(None, description="Share of the activations' energy to protect.")
+        lora_null_task: str | None = Field(None, description="Covariances of the task, which choose among directions.")
+        lora_null_freeze_a: bool | None = Field(None, description="Short for lora_null_train: b, and for ab.")
         lora_null_fused: bool = Field(True, description="Compute base and adapter in one operation.")
 
 
@@ -60,26 +63,31 @@ class LoraNullPlugin(BasePlugin):
         """Give fresh adapters their start; freeze A of a loaded one that was trained so.
 
         Raises:
-            ValueError: The run has no LoRA adapter, or a fresh one and no covariances.
+            ValueError: The run has no LoRA adapter, or no covariances where they are needed.
         """
         if cfg.get("adapter") not in ("lora", "qlora"):
             raise ValueError(
                 f"axolotl's adapter is {cfg.get('adapter')!r}; expected lora or qlora. LoRA-Null starts LoRA adapters: "
                 "set it, or take the plugin out."
             )
+        covariances, task = (
+            Covariances.load(cfg[key]) if cfg.get(key) else None for key in ("lora_null_covariances", "lora_null_task")
+        )
         if cfg.get("lora_model_dir"):
             state = read_state(Path(cfg["lora_model_dir"]))
             if state is not None:
-                go_on(model, state)
+                go_on(model, state, covariances=covariances)
+        elif covariances is None:
+            raise ValueError(
+                "lora_null_covariances is not set; expected a file of covariances of base_model. Make it with: "
+                "lora-null calibrate MODEL --data text.jsonl --output cov.safetensors"
+            )
         else:
-            path = cfg.get("lora_null_covariances")
-            if not path:
-                raise ValueError(
-                    "lora_null_covariances is not set; expected a file of covariances of base_model. Make it with: "
-                    "lora-null calibrate MODEL --data text.jsonl --output cov.safetensors"
-                )
-            freeze_a = cfg.get("lora_null_freeze_a") is not False
-            initialize_lora_null_weights(model, Covariances.load(path), freeze_a=freeze_a)
+            # axolotl fills in the default of `train`: the short form, where it is given, is the one that is meant.
+            freeze_a = cfg.get("lora_null_freeze_a")
+            train = None if freeze_a is not None else cfg.get("lora_null_train")
+            energy = cfg.get("lora_null_energy")
+            initialize_lora_null_weights(model, covariances, freeze_a=freeze_a, train=train, energy=energy, task=task)
         if cfg.get("lora_null_fused") is not False:
             use_fused_kernels(model)
 

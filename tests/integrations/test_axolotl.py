@@ -42,6 +42,25 @@ def test_a_fresh_adapter_gets_its_start(covariance_file, llama, freeze_a):
         assert torch.equal(p, q), name
 
 
+def test_a_factor_that_learns_within_a_basis_starts_and_goes_on(covariance_file, llama, tmp_path):
+    keys = {"adapter": "lora", "lora_null_covariances": covariance_file, "lora_null_freeze_a": None}
+    model, plugin = fresh(llama()), LoraNullPlugin()
+    plugin.post_lora_load(
+        keys | {"lora_null_train": "b_in_basis", "lora_null_energy": 0.8, "lora_null_task": covariance_file}, model
+    )
+    assert any(name.endswith("coefficients") for name, _ in model.named_parameters())
+    assert trained(model) == {"A", "B"} and plugin.add_callbacks_post_trainer({}, type("T", (), {"model": model})) == []
+    lora_null.peft.save_adapter(model, tmp_path / "saved")
+    again = PeftModel.from_pretrained(llama(), str(tmp_path / "saved"), is_trainable=True)
+    with pytest.raises(ValueError, match="covariances"):
+        plugin.post_lora_load({"adapter": "lora", "lora_model_dir": str(tmp_path / "saved")}, again)
+    again = PeftModel.from_pretrained(llama(), str(tmp_path / "saved"), is_trainable=True)
+    plugin.post_lora_load(keys | {"lora_model_dir": str(tmp_path / "saved")}, again)
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+
+
 def test_a_saved_adapter_goes_on_in_its_mode(covariance_file, llama, tmp_path):
     model, plugin = fresh(llama(), lora_alpha=12, lora_dropout=0.25), LoraNullPlugin()
     plugin.post_lora_load({"adapter": "lora", "lora_null_covariances": covariance_file}, model)
