@@ -11,11 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from ..system.files import parse_json, replacing, require_regular
+from .inducing import Inducing
 from .noise import Gaussian, Noise
 
 _KIND = "lora_null.posterior"
 _VERSION = 1
-_READERS: dict[str, Callable[[dict[str, Tensor]], Noise]] = {Gaussian.kind: Gaussian.of_tensors}
+_READERS: dict[str, Callable[[dict[str, Tensor]], Noise]] = {
+    Gaussian.kind: Gaussian.of_tensors,
+    Inducing.kind: Inducing.of_tensors,
+}
 
 
 def write(

@@ -45,11 +45,12 @@ class AdaptedLayer:
         return self.initial_A if name == "lora_A" else self.initial_B
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+def adapted_layers(model: nn.Module, *, random: bool = False) -> dict[str, AdaptedLayer]:
     """Return the layers with an active adapter by their name in the base model, in the model's own order.
 
     Args:
         model: Wrapped or not, a PeftModel or a patched one.
+        random: Allow factors that are made random for training.
 
     Raises:
         ValueError: There is none, or one of them is merged, disabled, sharded, has several active adapters, or computes
@@ -72,11 +73,11 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
             "lora_null.load_adapter or peft.get_peft_model, with its adapter not merged."
         )
     for name, layer in layers.items():
-        # before the weight is read, which would draw a sample
-        if any(parametrize.is_parametrized(part) for part in (layer.lora_A, layer.lora_B)):
+        if not random and any(parametrize.is_parametrized(part) for part in (layer.lora_A, layer.lora_B)):
             raise ValueError(
-                f"The factors of {name} are parametrised; expected plain parameters. Call "
-                "torch.nn.utils.parametrize.remove_parametrizations first."
+                f"The factors of {name} are parametrised; expected plain parameters. If lora_null.bayes made them "
+                "random, end their training with lora_null.bayes.collect; otherwise call "
+                "torch.nn.utils.parametrize.remove_parametrizations."
             )
         if layer.factor("lora_A").ndim != 2 or hasattr(layer.factor("lora_A"), "full_tensor"):
             raise ValueError(f"The factors of {name} are sharded; expected whole matrices. Load the adapter unsharded.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Noise(Protocol):
-    """A zero-centred (Gaussian) or start-centred (inducing) deviation of one factor.
+    """What one factor deviates by from its mean.
 
     Attributes:
         kind: Its name in files.
@@ -31,6 +31,13 @@ class Noise(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file needs to hold."""
         ...
+
+
+def require_fp32(tensors: dict[str, Tensor]) -> None:
+    """Refuse what is no fp32, or not finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is {tensor.dtype}, or holds a NaN or an Inf; expected finite fp32")
 
 
 @dataclass(frozen=True)

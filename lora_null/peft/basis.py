@@ -23,8 +23,13 @@ class BasisLinear(BasisFactor, nn.Linear):  # type: ignore[override]
 
 
 def drop_coefficients(state_dict: dict[str, Any], adapter_name: str) -> None:
-    """Take out of a model's state dict what PEFT may not write: ``weight``, which they make, is written instead."""
-    for key in [key for key in state_dict if key.endswith(f".lora_A.{adapter_name}.coefficients")]:
+    """Take out of a model's state dict what PEFT may not write: ``weight``, which they make, is written instead.
+
+    Coefficients of free directions are meant, and what a factor is made of that torch parametrises.
+    """
+    ending = f".lora_A.{adapter_name}.coefficients"
+    inside = tuple(f".{part}.{adapter_name}.parametrizations." for part in ("lora_A", "lora_B"))
+    for key in [key for key in state_dict if key.endswith(ending) or any(name in key for name in inside)]:
         del state_dict[key]
 
 
