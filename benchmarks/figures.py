@@ -2,7 +2,7 @@
 
 A figure stands between ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. ``NAME`` is a question, for
 instance ``null-space`` (measured on a CPU) or ``linear-gpu``; ``headline`` or ``headline-gpu``; ``growth``;
-``predictions``; ``plots``; ``kept``, ``kept-best`` (:mod:`benchmarks.kept`); or ``retention``.
+``predictions``; ``plots``; ``kept``, ``kept-best`` (:mod:`benchmarks.kept`); ``retention``; or ``bayes``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 from . import kept, plots, predictions, records, report
+from .bayes import __main__ as bayes
+from .bayes import tables
 from .environment import ROOT
 from .harness import Question, UsageError
 from .questions import registry
@@ -139,6 +141,9 @@ def figure(name: str, entries: list[dict]) -> str:
     if plain == "retention":
         found = retention.read(retention.RESULTS)
         return fronts.table(found) or UNMEASURED.format(device="result", command="python -m benchmarks.retention")
+    if plain == "bayes":
+        found = tables.table(retention.read(bayes.RESULTS))
+        return found or UNMEASURED.format(device="result", command="python -m benchmarks.bayes")
     if plain in ("kept", "kept-best"):
         found = kept.finished(kept.read())
         return kept.table(kept.best(found) if plain == "kept-best" else found)
@@ -148,7 +153,7 @@ def figure(name: str, entries: list[dict]) -> str:
         return growth_table(entries, gpu)
     if plain in registry():
         return question_table(entries, registry()[plain], gpu)
-    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best", "retention"]
+    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best", "retention", "bayes"]
     known += [*registry(), *(f"{q}-gpu" for q in registry())]
     raise UsageError(f"there is no figure {name!r}; known are: {', '.join(known)}")
 

@@ -102,7 +102,7 @@ def gather(
     else:
         whole = read_pairs(task)
         lessons, tests = (split(whole, half) for half in (0, 1))
-    examples = [_example(tokenizer, pair) for pair in lessons]
+    examples = [encode_example(tokenizer, pair) for pair in lessons]
     held = [Document(*encode_pair(tokenizer, pair.prompt, pair.completion)) for pair in tests]
     examples = [example for example in examples if len(example["input_ids"]) <= longest][:train]
     held = [document for document in held if len(document.ids) <= longest][:tasks]
@@ -119,7 +119,7 @@ def gather(
         knowledge=[Document(*encode_pair(tokenizer, pair.prompt, pair.completion)) for pair in ask[:items]],
         task=held,
         train=examples,
-        names={"knowledge": _name(knowledge), "task": _name(task)},
+        names={"knowledge": name_of(knowledge), "task": name_of(task)},
     )
 
 
@@ -156,7 +156,8 @@ def own_texts(model: Any, tokenizer: Any, count: int, length: int, seed: int) ->
     return [Document(tuple(row)) for row in ids.tolist()]
 
 
-def _example(tokenizer: Any, pair: Pair) -> Example:
+def encode_example(tokenizer: Any, pair: Pair) -> Example:
+    """Return a pair as a training example: the completion and the end are labels."""
     ids, start = encode_pair(tokenizer, pair.prompt, pair.completion)
     labels = [IGNORED] * start + [*ids[start:], tokenizer.eos_token_id]
     return {"input_ids": [*ids, tokenizer.eos_token_id], "labels": labels}
@@ -166,5 +167,6 @@ def _question(tokenizer: Any, fact: Fact) -> EncodedQuestion:
     return encode(tokenizer, Question(fact.prompt, fact.choices, fact.answer))
 
 
-def _name(path: Path | None) -> str:
+def name_of(path: Path | None) -> str:
+    """Return the name of a file with the first digits of its SHA-256; empty for none."""
     return "" if path is None else f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"

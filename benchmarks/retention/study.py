@@ -200,7 +200,7 @@ class Bench:
             document of its own, in nats per token.
         """
         found: dict[str, Sequence[float]] = {}
-        with evaluating(model), evaluating(self.base), _casts_kept(model), torch.autocast("cpu", torch.bfloat16):
+        with evaluating(model), evaluating(self.base), casts_kept(model), torch.autocast("cpu", torch.bfloat16):
             for name in ("facts", "facts_same")[: 1 + last]:
                 found[name], found[f"{name}_right"] = _answers(model, getattr(self.data, name))
             found["knowledge"] = [-total for total, _ in _losses(model, self.data.knowledge)]
@@ -231,7 +231,7 @@ class Bench:
 
 
 @contextmanager
-def _casts_kept(model: nn.Module) -> Iterator[None]:
+def casts_kept(model: nn.Module) -> Iterator[None]:
     """Let autocast keep its copies of the weights, which it does for weights that require a gradient alone."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

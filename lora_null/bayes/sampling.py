@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layers import AdaptedLayer
@@ -25,11 +26,12 @@ def on_shared_input(layer: AdaptedLayer, x: Tensor, deviations: Mapping[str, Ten
     """Apply one layer with S sampled pairs of factors to one ``x (..., d)``; return ``(S, ..., m)``.
 
     The layer itself, base and mean adapter, is computed once. The S deviations of A are one matrix of rank ``S r``,
-    so that x is read twice in all.
+    so that x is read twice in all; one product then adds what each sample changes to a copy of the output. At r = 8 and
+    S = 4 that is meant to cost at most 1.15 times a plain forward, which a claim of the benchmarks measures.
     """
     y = layer.module(x)
-    change = _change(layer, x.reshape(-1, x.shape[-1]), deviations)
-    return y + change.to(y.dtype).view(-1, *y.shape)
+    found = _with_change(layer, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), deviations)
+    return found.view(-1, *y.shape)
 
 
 @contextmanager
@@ -75,27 +77,30 @@ def _add(
             f"The input of {name} is {tuple(x.shape)}; expected the {samples} samples of {rows[1]} rows as its first "
             "axis. The model mixes rows, as experts do: pass batched=False to run one sample after the other."
         )
-    change = _change(layer, x.reshape(samples, -1, x.shape[-1]), parts)
-    return y + change.to(y.dtype).reshape(y.shape)
+    inputs, outputs = (tensor.reshape(samples, -1, tensor.shape[-1]) for tensor in (x, y))
+    return _with_change(layer, inputs, outputs, parts).view(y.shape)
 
 
-def _change(layer: AdaptedLayer, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """Return ``s [x (A + dA)^T (B + dB)^T - x A^T B^T]`` as ``(S, N, m)`` for ``x (N, d)`` or ``(S, N, d)``.
+def _with_change(layer: AdaptedLayer, x: Tensor, y: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return ``y + s [x (A + dA)^T (B + dB)^T - x A^T B^T]``, ``(S, N, m)``, of ``x (N, d)`` or ``(S, N, d)``, y alike.
 
-    Written as ``x dA^T (B + dB)^T + x A^T dB^T``: nothing cancels, and where ``A x = 0`` a random B changes nothing.
+    Written as ``[x dA^T | x A^T] [B + dB | dB]^T``: nothing cancels, where ``A x = 0`` a random B changes nothing, and
+    it is one product that adds to y.
     """
     A, B = layer.factor("lora_A"), layer.factor("lora_B")
     x = x.to(A.dtype)
     dA, dB = parts.get("lora_A"), parts.get("lora_B")
-    change = None
+    samples = len(next(iter(parts.values())))
+    low, high = [], []
     if dA is not None:
-        samples, r, d = dA.shape
         if x.ndim == 2:
-            projected = (x @ dA.reshape(samples * r, d).T).view(-1, samples, r).transpose(0, 1)
+            low.append((x @ dA.flatten(0, 1).T).view(-1, samples, dA.shape[1]).transpose(0, 1))
         else:
-            projected = x @ dA.mT
-        change = projected @ (B if dB is None else B + dB).mT
+            low.append(x @ dA.mT)
+        high.append(B.expand(samples, *B.shape) if dB is None else B + dB)
     if dB is not None:
-        change = (x @ A.T) @ dB.mT if change is None else change + (x @ A.T) @ dB.mT
-    assert change is not None
-    return layer.scaling * change
+        low.append((x @ A.T).expand(samples, -1, -1))
+        high.append(dB)
+    left, right = (one[0] if len(one) == 1 else torch.cat(one, -1) for one in (low, high))
+    shape = samples, y.shape[-2], y.shape[-1]
+    return torch.baddbmm(y.expand(shape), left.to(y.dtype), right.mT.to(y.dtype), alpha=layer.scaling)

