@@ -142,8 +142,8 @@ def figure(name: str, entries: list[dict]) -> str:
         found = retention.read(retention.RESULTS)
         return fronts.table(found) or UNMEASURED.format(device="result", command="python -m benchmarks.retention")
     if plain == "bayes":
-        found = tables.table(retention.read(bayes.RESULTS))
-        return found or UNMEASURED.format(device="result", command="python -m benchmarks.bayes")
+        text = tables.table(retention.read(bayes.RESULTS))
+        return text or UNMEASURED.format(device="result", command="python -m benchmarks.bayes")
     if plain in ("kept", "kept-best"):
         found = kept.finished(kept.read())
         return kept.table(kept.best(found) if plain == "kept-best" else found)

@@ -59,7 +59,7 @@ class Sizes:
     train: int = 64
     epochs: int = 4
     batch_size: int = 8
-    questions: int = 96
+    questions: int = 64
     samples: int = 4
     members: int = 3
 
@@ -217,7 +217,7 @@ class Bench:
             with casts_kept(model), torch.autocast("cpu", torch.bfloat16):
                 if run.method == "Laplace":
                     return model, bayes.laplace(model, batches, which="ab", seed=run.seed)
-                return model, bayes.tfb(model, batches[:2], samples=2, steps=7, bounds=(1e-4, 0.2), seed=run.seed)
+                return model, bayes.tfb(model, batches[:1], samples=2, steps=6, bounds=(1e-4, 0.2), seed=run.seed)
         model = self._adapted(10 * run.seed)
         if run.method == "BLoB":
             bayes.blob(model)
