@@ -21,6 +21,7 @@ _HOME = {
     "evaluate": "evaluation",
     "factorize": "solver",
     "initialize": "adapters",
+    "initialize_streaming": "onepass",
     "load_adapter": "adapters",
     "memory_plan": "calibration",
     "merge": "adapters",
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "factorize",
     "initialize",
+    "initialize_streaming",
     "load_adapter",
     "memory_plan",
     "merge",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from .covariances import Covariances
     from .evaluation.evaluate import evaluate
     from .integrations.retention import RetentionCallback
+    from .onepass.initialize import initialize_streaming
     from .solver.factorize import factorize
     from .solver.null_basis import NullBasis, null_basis
     from .solver.null_space import NullSpace, null_space

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..models.refusals import DIVERGED, require_finite
+from ..models.shards import shards_of
 from ..system.files import read_json
 from ..system.log import logger
 from ..system.tensors import opened, read_floating
@@ -20,15 +20,7 @@ from .files import Adapter
 from .names import short_names
 from .state import CONFIG_KEY, AdapterState
 
-# The weights of a model as transformers saves them: in one file, or in shards with an index.
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _PARTS = ("lora_A", "lora_B", "initial_A", "initial_B")
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Tell whether the folder holds a model's weights."""
-    return (folder / WHOLE).exists() or (folder / INDEX).exists()
 
 
 def of_checkpoint(folder: Path, lora_alpha: float | None = None) -> Adapter:
@@ -103,7 +95,7 @@ def _read_parts(folder: Path) -> tuple[set[str], dict[str, dict[str, Tensor]]]:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yield the name of every tensor, and what reads it."""
-    for file in _shards(folder):
+    for file in shards_of(folder):
         with opened(file, "weights of the checkpoint") as content:
             for key in content.keys():
                 yield key, partial(read_floating, content, file, key)
@@ -134,18 +126,3 @@ def _stated(folder: Path, config: dict, lora_alpha: float | None) -> AdapterStat
             "assumed. If the run had another lora_alpha, the exported adapter is wrong: pass it (--lora-alpha)."
         )
     return None
-
-
-def _shards(folder: Path) -> list[Path]:
-    if not (folder / INDEX).exists():
-        return [folder / WHOLE]
-    shards = read_json(folder / INDEX).get("weight_map")
-    names: list[Any] = list(shards.values()) if isinstance(shards, dict) else [None]
-    # a name with a folder in it could lead out of this one
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name or name in ("", "..")]
-    if strange:
-        raise ValueError(
-            f"{folder / INDEX} names {strange[0]!r:.80} as a file of weights; expected names of files beside it. It is "
-            "damaged; save the checkpoint again."
-        )
-    return [folder / name for name in sorted(set(names))]

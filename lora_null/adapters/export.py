@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import WHOLE, is_checkpoint, of_checkpoint
+from ..models.shards import WHOLE, is_checkpoint
+from .checkpoint import of_checkpoint
 from .files import PEFT_CONFIG, Adapter
 from .names import published_name
 

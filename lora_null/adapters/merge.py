@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..models.arguments import takes
 from ..models.refusals import DIVERGED, require_finite
+from ..models.shards import INDEX
 from ..models.targets import survey
 from ..models.wrappers import unwrapped
 from ..models.zero_points import ZeroPoints, zero_points
 from ..system.files import replaced_folder
-from .checkpoint import INDEX
 from .delta import require_shift, shift_base
 from .layer import LoraNullLinear, detach_adapter, require_layers
 from .state import set_state

@@ -18,7 +18,7 @@ from ..models.weights import is_distributed
 from ..models.wrappers import plain_name, unwrapped
 from ..system.distributed import in_first_process
 from ..system.log import logger
-from .extras import extras_of
+from .extras import Extras, extras_of
 from .files import Adapter
 from .layer import LoraNullLinear, LowRankFactor, require_layers
 from .names import published_name, short_names
@@ -81,6 +81,17 @@ def of_model(model: nn.Module, base_model_name_or_path: str | None = None) -> Ad
     extras = extras_of(model, state.before, state.config.modules_to_save or ())
     config = replace(_as_found(state, layers, factors), modules_to_save=extras.modules_to_save)
     state = replace(state, config=config, stacked=state.stacked or first.shifted)
+    return described(model, factors, state, extras, base_model_name_or_path)
+
+
+def described(
+    model: nn.Module,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    state: AdapterState,
+    extras: Extras,
+    base_model_name_or_path: str | None = None,
+) -> Adapter:
+    """Return the adapter of these factors on ``model``: layers and model by the names that readers know."""
     # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
     names = [plain_name(name) for name, _ in model.named_modules()]
     own_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None

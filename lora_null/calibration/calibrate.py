@@ -126,8 +126,10 @@ def calibrate(
     job = Job.of(uncompiled(model), config, options)
     with evaluating(job.model), announcing_failure():
         sums = run(job, batches)
-    result = Covariances(sums.matrices, sums.groups, sums.tokens, _provenance(job, config, sums))
-    _check_counts(result, job.linears, sums.left_out)
+    called = {name for names in sums.groups.values() for name in names}
+    base = fingerprint({name: linear for name, linear in job.linears.items() if name in called})
+    result = Covariances(sums.matrices, sums.groups, sums.tokens, provenance(job, config, sums, base))
+    check_counts(result.tokens, {key: result.size(key) for key in result}, called, job.linears, sums.left_out)
     return result
 
 
@@ -161,7 +163,8 @@ def _share(batches: Any, source: Iterable[Any], shard: bool | None) -> tuple[Ite
     return share_of(source), None if total is None else sum(1 for _ in share_of(range(total)))
 
 
-def _provenance(job: Job, config: LoraNullConfig, sums: Sums) -> dict[str, str]:
+def provenance(job: Job, config: LoraNullConfig, sums: Sums, base_fingerprint: str | None) -> dict[str, str]:
+    """Say where covariances come from."""
     model, linears = job.model, job.linears
     called = {name for names in sums.groups.values() for name in names}
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
@@ -172,7 +175,7 @@ def _provenance(job: Job, config: LoraNullConfig, sums: Sums) -> dict[str, str]:
         # a local path would tell others about this machine, and mean nothing to them
         "model_name": Path(name).name if os.path.isabs(name) else name,
         "model_dtype": ",".join(dtypes),
-        "base_fingerprint": fingerprint({name: linears[name] for name in linears if name in called}) or "",
+        "base_fingerprint": base_fingerprint or "",
         "without_tokens": json.dumps([name for name in linears if name not in called]),
         "target_modules": json.dumps(config.to_dict()["target_modules"]),
         **job.options.key(),
@@ -180,8 +183,22 @@ def _provenance(job: Job, config: LoraNullConfig, sums: Sums) -> dict[str, str]:
     }
 
 
-def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear], left_out: Mapping[str, str]) -> None:
-    """Refuse an empty result; warn of layers without tokens and of null spaces that too few tokens leave open."""
+def check_counts(
+    tokens: Mapping[str, int],
+    sizes: Mapping[str, int],
+    called: set[str],
+    linears: Mapping[str, nn.Linear],
+    left_out: Mapping[str, str],
+) -> None:
+    """Refuse an empty result; warn of layers without tokens and of null spaces that too few tokens leave open.
+
+    Args:
+        tokens: By group key.
+        sizes: Number of features by group key.
+        called: Names of the layers that are in a group.
+        linears: The target layers.
+        left_out: Those that compute something else than ``x W^T``, and what.
+    """
     for reason, names in _by_reason(left_out).items():
         logger.warning(
             "%d of %d target layers are linear in name only and have no covariance: %s and its like, since %s. With "
@@ -191,12 +208,12 @@ def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear], left_ou
             names[0],
             reason,
         )
-    if not result:
+    if not tokens:
         raise ValueError(
             "No token was counted for any target layer. Expected batches with tokens that the mask keeps "
             "(attention_mask != 0, labels != -100), and a model whose target layers are called and linear."
         )
-    missing = [name for name in linears if name not in result and name not in left_out]
+    missing = [name for name in linears if name not in called and name not in left_out]
     if missing:
         logger.warning(
             "%d of %d target layers received no token and have no covariance, for instance %s. With "
@@ -205,18 +222,18 @@ def _check_counts(result: Covariances, linears: Mapping[str, nn.Linear], left_ou
             len(linears),
             missing[0],
         )
-    few = [key for key in result if result.tokens[key] < 2 * result.size(key)]
+    few = [key for key in tokens if tokens[key] < 2 * sizes[key]]
     if few:
-        worst = max(few, key=lambda key: result.size(key) / result.tokens[key])
+        worst = max(few, key=lambda key: sizes[key] / tokens[key])
         logger.warning(
             "%d of %d covariances have fewer than 2 tokens per feature (%s: %d tokens, d = %d). Their null spaces are "
             "then largely arbitrary and protect only these very texts. Calibrate on more text: at least %d tokens.",
             len(few),
-            len(result),
+            len(tokens),
             worst,
-            result.tokens[worst],
-            result.size(worst),
-            2 * max(result.size(key) for key in few),
+            tokens[worst],
+            sizes[worst],
+            2 * max(sizes[key] for key in few),
         )
 
 

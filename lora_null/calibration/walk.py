@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +62,14 @@ class LayerWalk:
         batches: All batches.
         compute: Device to which each layer's weights are copied for its turn; ``None``: they stay.
         keep: Device for the hidden states; ``None``: where the layers leave them.
+        hidden: Holds the hidden states by number of the batch; the default is a dictionary.
+
+    Attributes:
+        start: The layer to begin with, whose hidden states are there.
+        rest: What else the tuples of each layer hold; ``None`` where it returns a tensor.
     """
+
+    start = 0
 
     def __init__(
         self,
@@ -73,11 +80,12 @@ class LayerWalk:
         inputs_to: torch.device | None,
         compute: torch.device | None,
         keep: torch.device | None,
+        hidden: MutableMapping[int, Tensor] | None = None,
     ):
         self.model, self.layers, self.batches = model, layers, batches
         self.inputs_to, self.compute, self.keep = inputs_to, compute, keep
-        self._hidden: list[Tensor | None] = [None] * len(batches)
-        self._rest: list[tuple | None] = [None] * len(layers)
+        self.hidden: MutableMapping[int, Tensor] = {} if hidden is None else hidden
+        self.rest: list[tuple | None] = [None] * len(layers)
 
     def run(self, number: int, batch: int, *, to_the_end: bool = False) -> None:
         """Run layer ``number`` on batch ``batch``; ``to_the_end``: and what the model has after it."""
@@ -86,8 +94,8 @@ class LayerWalk:
 
         def work(*args: Any, **kwargs: Any) -> Any:
             output = original(*to_device(args, self.compute), **to_device(kwargs, self.compute))
-            hidden, self._rest[number] = _hidden_and_rest(output, number)
-            self._hidden[batch] = hidden.detach().to(self.keep or hidden.device)
+            hidden, self.rest[number] = _hidden_and_rest(output, number)
+            self.hidden[batch] = hidden.detach().to(self.keep or hidden.device)
             if not to_the_end:
                 raise _LayerDone
             return to_device(output, _incoming(args, kwargs).device)
@@ -103,11 +111,9 @@ class LayerWalk:
         """Return a forward that stands for layer ``number``; the last one hands out the stored hidden state."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest = _incoming(args, kwargs), self._rest[number]
+            hidden, rest = _incoming(args, kwargs), self.rest[number]
             if is_last:
-                stored = self._hidden[batch]
-                assert stored is not None
-                hidden = stored.to(hidden.device)
+                hidden = self.hidden[batch].to(hidden.device)
             return hidden if rest is None else (hidden, *rest)
 
         return forward
@@ -129,6 +135,10 @@ class LayerWalk:
             # The original memory comes back, not a copy: nothing to transfer, and not a bit can differ.
             for tensor, home in zip(tensors, homes, strict=True):
                 tensor.data = home
+
+    def running(self, number: int) -> AbstractContextManager:
+        """Hold what the passes of layer ``number`` need besides its weights."""
+        return nullcontext()
 
 
 @contextmanager

@@ -30,18 +30,34 @@ def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
     The values are rounded to bf16, so that a bf16 checkpoint loaded in fp32 is the same model. Quantised
     weights have no values to compare: ``None``.
     """
-    digest = hashlib.sha256()
+    samples = []
     for name, linear in linears.items():
-        with materialized(linear):
-            if not is_dense(linear):
-                return None
-            weight = linear.weight
-            flat = dense_weight(linear).flatten()
-            step = max(1, flat.numel() // _SAMPLES)
-            sample = flat[::step][:_SAMPLES].to("cpu", torch.bfloat16)
-        digest.update(f"{name}:{tuple(weight.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+        samples.append(sample_of(name, linear))
+        if samples[-1] is None:
+            return None
+    return fingerprint_of(samples)
+
+
+def fingerprint_of(samples: Iterable[bytes | None]) -> str | None:
+    """Return :func:`fingerprint` of the layers, in order, of which :func:`sample_of` gave these."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        if sample is None:
+            return None
+        digest.update(sample)
     return digest.hexdigest()
+
+
+def sample_of(name: str, linear: nn.Linear) -> bytes | None:
+    """Return what of a layer enters a fingerprint; ``None`` where the weight is quantised."""
+    with materialized(linear):
+        if not is_dense(linear):
+            return None
+        weight = linear.weight
+        flat = dense_weight(linear).flatten()
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step][:_SAMPLES].to("cpu", torch.bfloat16)
+    return f"{name}:{tuple(weight.shape)}".encode() + sample.view(torch.int16).numpy().tobytes()
 
 
 # Width of the table over which the bits of a weight are summed, in 8-byte words.

@@ -48,10 +48,56 @@ def load_model(model: str, loading: Loading | None = None) -> tuple[Any, Any]:
 
 def load_weights(model: str, loading: Loading | None = None) -> Any:
     """Load the model of :func:`load_model` without its tokenizer, which a tuned model's folder need not hold."""
-    from transformers import AutoConfig
-
     loading = loading or Loading()
     dtype, device = parse_dtype(loading.dtype) or "auto", choose_device(loading.device)
+    config = _config_of(model, loading)
+    # Quantised weights lie on their device from the start; many libraries refuse to move them.
+    quantised = getattr(config, "quantization_config", None) is not None
+    device_map = loading.device_map or (device if quantised else None)
+    placed = {} if device_map is None else {"device_map": device_map}
+    loaded: Any = _class_for(config).from_pretrained(model, dtype=dtype, **placed, **loading.source)
+    return (loaded if placed else loaded.to(device)).eval()
+
+
+def empty_model(model: str, loading: Loading, stored: torch.dtype, *, buffers: bool) -> Any:
+    """Make the model of :func:`load_weights` with its parameters on the device meta, without values.
+
+    Args:
+        model: A folder or a Hugging Face model id.
+        loading: How; ``"auto"`` as dtype is that of the configuration.
+        stored: The dtype where the configuration names none.
+        buffers: Buffers, such as the frequencies of rotary embeddings, have their values; else they are on meta too.
+
+    Raises:
+        ValueError: The model is quantised, or some of its weights have another dtype than the rest.
+    """
+    from accelerate import init_empty_weights
+
+    config = _config_of(model, loading)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{model} is quantised, and its weights mean nothing without the library that loads them; expected a model "
+            "in floating point. Use lora_null.calibrate and lora_null.initialize on the model in memory."
+        )
+    dtype = parse_dtype(loading.dtype) or getattr(config, "dtype", None) or stored
+    kind = _class_for(config)
+    make = getattr(kind, "_from_config", None) or kind.from_config
+    with init_empty_weights(include_buffers=not buffers):
+        made = make(config, dtype=dtype)
+    wider = made._get_dtype_plan(dtype) if hasattr(made, "_get_dtype_plan") else None
+    if wider:
+        raise ValueError(
+            f"transformers keeps {', '.join(sorted(wider))} of {type(made).__name__} in another dtype than {dtype}; "
+            "expected one for all, to be read one layer at a time. Pass dtype float32, or use lora_null.calibrate and "
+            "lora_null.initialize on the model in memory."
+        )
+    return made.eval()
+
+
+def _config_of(model: str, loading: Loading) -> Any:
+    """Return the model's configuration; ValueError for a checkpoint with adapters of ours."""
+    from transformers import AutoConfig
+
     config: Any = AutoConfig.from_pretrained(model, **loading.source)
     if getattr(config, "lora_null", None):
         raise ValueError(
@@ -59,12 +105,7 @@ def load_weights(model: str, loading: Loading | None = None) -> Any:
             "and its base may be shifted. Expected the pre-trained model; turn the checkpoint into an adapter with "
             "lora-null export."
         )
-    # Quantised weights lie on their device from the start; many libraries refuse to move them.
-    quantised = getattr(config, "quantization_config", None) is not None
-    device_map = loading.device_map or (device if quantised else None)
-    placed = {} if device_map is None else {"device_map": device_map}
-    loaded: Any = _class_for(config).from_pretrained(model, dtype=dtype, **placed, **loading.source)
-    return (loaded if placed else loaded.to(device)).eval()
+    return config
 
 
 def _class_for(config: Any) -> Any:

@@ -15,7 +15,7 @@ from .files import require_regular
 
 # What safetensors calls the types that weights are computed in. Others, such as integers and 8-bit floats, mean
 # nothing without a scale.
-_FLOATING = {"F16", "BF16", "F32", "F64"}
+FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @contextmanager
@@ -42,9 +42,9 @@ def opened(path: Path, expected: str) -> Iterator[Any]:
 def read_floating(file: Any, path: Path, name: str) -> Tensor:
     """Read one tensor of a file that is :func:`opened`; ValueError unless it is of 16, 32 or 64 floating bits."""
     code = file.get_slice(name).get_dtype()
-    if code not in _FLOATING:
+    if code not in FLOATING:
         raise ValueError(
-            f"{path} holds {name} as {code}; expected one of {', '.join(sorted(_FLOATING))}. It is damaged, or "
+            f"{path} holds {name} as {code}; expected one of {', '.join(sorted(FLOATING))}. It is damaged, or "
             "quantised by another program; save it in floating point."
         )
     return file.get_tensor(name)

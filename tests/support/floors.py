@@ -29,6 +29,7 @@ FLOORS: list[dict[str, str]] = [
     },
     {
         "evaluation": "a tuned model beside the pre-trained one; spectra and adapters in figures",
+        "onepass": "a model on disk to an adapter, one layer at a time: calibrated, solved and dropped",
         "peft": "the same for models that PEFT has prepared",
     },
     {
