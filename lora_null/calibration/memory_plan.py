@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,12 +95,22 @@ def plan_for(job: Job, batches: Sequence[Batch], *, tokens: int) -> tuple[Memory
 
 def _probe(job: Job, batch: Batch) -> Probe:
     """Probe the model, which may be on the ``meta`` device."""
-    meta = torch.device("meta")
     if not (job.reader.is_hf and next(job.model.parameters()).is_meta and not hasattr(job.model, "_hf_hook")):
         return job.probe(batch)
-    inputs = to_device(first_tokens(batch.inputs), meta)
-    # transformers looks at the values of positions and masks, and there are none; it takes a mask of four
-    # dimensions as it is
+    inputs = inputs_on_meta(job, first_tokens(batch.inputs))
+    return probe(job.model, inputs, job.linears, job.options.share_inputs)
+
+
+def inputs_on_meta(job: Job, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs of a transformers model that lies on the device meta.
+
+    It would look at the values of positions and masks, and there are none; it takes a mask of four dimensions and
+    positions that are given as they are.
+    """
+    meta = torch.device("meta")
+    inputs = to_device(dict(inputs), meta)
     length = inputs["input_ids"].shape[1]
     inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device=meta)
-    return probe(job.model, inputs, job.linears, job.options.share_inputs)
+    if "position_ids" in job.reader.parameters:
+        inputs.setdefault("position_ids", torch.arange(length, device=meta)[None])
+    return inputs

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ from .batches import Batch, to_device
 
 class _LayerDone(BaseException):
     """Ends a forward pass once its layer has run; not an Exception, so that no model catches it by accident."""
+
+
+class HiddenStates(Protocol):
+    """Holds a tensor for each batch, by its number."""
+
+    def __getitem__(self, batch: int, /) -> Tensor:
+        """Return what enters the layer at work."""
+
+    def __setitem__(self, batch: int, hidden: Tensor, /) -> None:
+        """Keep what leaves it."""
 
 
 def decoder_layers(model: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[str, list[nn.Module]]:
@@ -80,11 +90,11 @@ class LayerWalk:
         inputs_to: torch.device | None,
         compute: torch.device | None,
         keep: torch.device | None,
-        hidden: MutableMapping[int, Tensor] | None = None,
+        hidden: HiddenStates | None = None,
     ):
         self.model, self.layers, self.batches = model, layers, batches
         self.inputs_to, self.compute, self.keep = inputs_to, compute, keep
-        self.hidden: MutableMapping[int, Tensor] = {} if hidden is None else hidden
+        self.hidden: HiddenStates = {} if hidden is None else hidden
         self.rest: list[tuple | None] = [None] * len(layers)
 
     def run(self, number: int, batch: int, *, to_the_end: bool = False) -> None:

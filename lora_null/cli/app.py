@@ -13,7 +13,7 @@ import typer
 from ..quickstart.settings import Settings
 from ..system.environment import switched_on
 from ..system.version import __version__
-from . import commands, judging
+from . import commands, judging, starting
 from .options import AsJson, Device, Rank, with_flags
 
 # What a user can cause and mend. Anything else is a defect of this package and keeps its traceback.
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (commands.calibrate, commands.init, commands.export, commands.merge):
+for command in (commands.calibrate, starting.init, commands.export, commands.merge):
     app.command()(with_flags(command))
 app.command("eval")(with_flags(judging.evaluate))
 app.command()(judging.inspect)

@@ -1,4 +1,4 @@
-"""The commands that read a model or an adapter and write another: calibrate, init, export, merge."""
+"""The commands that read a model or an adapter and write another: calibrate, export, merge."""
 
 from __future__ import annotations
 
@@ -10,20 +10,7 @@ import typer
 from ..config import LoraNullConfig
 from ..models.settings import Loading
 from ..system.files import require_writable
-from .options import (
-    Method,
-    Model,
-    Overwrite,
-    Progress,
-    Rank,
-    Seed,
-    Targets,
-    help_of,
-    parse_names,
-    parse_numbers,
-    parse_pattern,
-    parse_targets,
-)
+from .options import Model, Overwrite, Progress, Seed, Targets, parse_targets
 
 
 def calibrate(
@@ -75,75 +62,6 @@ def calibrate(
     covariances = run(loaded, batches, config, **options, progress=progress)
     covariances.save(output, overwrite=overwrite)
     typer.echo(f"{output}: {covariances!r}")
-
-
-def init(
-    model: Model,
-    covariances: Annotated[Path, typer.Argument(help="File written by calibrate.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Adapter folder to write.", show_default=False)],
-    r: Rank = 128,
-    lora_alpha: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "lora_alpha"))] = None,
-    target_modules: Targets = "all-linear",
-    exclude_modules: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "exclude_modules"))] = None,
-    train: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "train"))] = None,
-    freeze_a: Annotated[
-        bool | None, typer.Option("--freeze-a/--no-freeze-a", help=help_of(LoraNullConfig, "freeze_a"))
-    ] = None,
-    energy: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "energy"))] = None,
-    task: Annotated[Path | None, typer.Option(help="Covariances of the task's text.")] = None,
-    group_pooling: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "group_pooling"))] = None,
-    lora_dropout: Annotated[float, typer.Option(help=help_of(LoraNullConfig, "lora_dropout"))] = 0.0,
-    layers_to_transform: Annotated[
-        str | None, typer.Option(help=help_of(LoraNullConfig, "layers_to_transform"))
-    ] = None,
-    layers_pattern: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "layers_pattern"))] = None,
-    rank_pattern: Annotated[list[str] | None, typer.Option(help=help_of(LoraNullConfig, "rank_pattern"))] = None,
-    alpha_pattern: Annotated[list[str] | None, typer.Option(help=help_of(LoraNullConfig, "alpha_pattern"))] = None,
-    use_rslora: Annotated[bool, typer.Option("--use-rslora", help=help_of(LoraNullConfig, "use_rslora"))] = False,
-    modules_to_save: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "modules_to_save"))] = None,
-    method: Annotated[Method, typer.Option(help="How null spaces are found.")] = Method.auto,
-    *,
-    loading: Loading,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    progress: Progress = True,
-) -> None:
-    """Write the adapter that training starts from; it changes no output yet."""
-    from ..adapters.files import check_target
-    from ..adapters.initialize import initialize
-    from ..adapters.save import save_adapter
-    from ..covariances.covariances import Covariances
-    from ..models.loading import load_model
-
-    require_writable(output)
-    check_target(output, overwrite)
-    config = LoraNullConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        target_modules=parse_targets(target_modules),
-        freeze_a=freeze_a,
-        lora_dropout=lora_dropout,
-        seed=seed,
-        exclude_modules=None if exclude_modules is None else parse_targets(exclude_modules, "exclude_modules"),
-        layers_to_transform=parse_numbers(layers_to_transform, "layers_to_transform"),
-        layers_pattern=parse_names(layers_pattern),
-        rank_pattern=parse_pattern(rank_pattern, int, "rank_pattern"),
-        alpha_pattern=parse_pattern(alpha_pattern, float, "alpha_pattern"),
-        use_rslora=use_rslora,
-        modules_to_save=parse_names(modules_to_save),
-        train=train,
-        energy=energy,
-        group_pooling=int(group_pooling) if group_pooling and group_pooling.isdecimal() else group_pooling,
-    )
-    loaded_covariances = Covariances.load(covariances)
-    loaded_task = None if task is None else Covariances.load(task)
-    loaded, _ = load_model(model, loading)
-    initialize(loaded, loaded_covariances, config, task=loaded_task, method=method.value, progress=progress)
-    save_adapter(loaded, output, overwrite=overwrite)
-    typer.echo(
-        f"{output}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "
-        "lora_null.peft.load_trainable(model, path)."
-    )
 
 
 def export(

@@ -59,13 +59,13 @@ def _flags(owner: type) -> list[Parameter]:
     return flags
 
 
-Model = Annotated[str, typer.Argument(help="Folder or Hugging Face id of the base model.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", show_default=False)]
 Rank = Annotated[int, typer.Option("--r", help=help_of(LoraNullConfig, "r"))]
 Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or suffixes with commas.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output of this command; other files are refused.")
+    bool, typer.Option("--overwrite", help="Replace an earlier output, no other files.")
 ]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

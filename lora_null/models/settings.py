@@ -12,8 +12,8 @@ from ..config import helped
 class Loading:
     """What transformers' ``from_pretrained`` is told, under its names."""
 
-    dtype: str = helped("float32, bfloat16, float16; auto: as saved.", "auto")
-    device: str = helped("auto, cpu, cuda, cuda:1, ...", "auto")
+    dtype: str = helped("bfloat16, ...; auto: saved.", "auto")
+    device: str = helped("auto, cpu, cuda:1, ...", "auto")
     device_map: str | None = helped("accelerate's, instead of device: auto, ...", None)
     revision: str | None = helped("Branch, tag or commit on the hub.", None)
     trust_remote_code: bool = helped("Run code that comes with the model.", False)

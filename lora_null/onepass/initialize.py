@@ -27,7 +27,7 @@ from .run import OnePass
 def initialize_streaming(
     model: str | os.PathLike,
     batches: Any,
-    config: LoraNullConfig | None,
+    config: LoraNullConfig,
     output: str | os.PathLike,
     *,
     task: Covariances | None = None,
@@ -60,7 +60,7 @@ def initialize_streaming(
         model: A folder with weights as safetensors, or a Hugging Face model id.
         batches: A list of texts, which are tokenised with the model's own tokenizer; or as for
             :func:`lora_null.calibrate`.
-        config: As for :func:`lora_null.initialize`, without ``modules_to_save``; ``None`` is the default.
+        config: As for :func:`lora_null.initialize`, without ``modules_to_save``.
         output: The adapter folder to make; it appears whole or not at all.
         task: See :func:`lora_null.initialize`.
         method: See :func:`lora_null.null_space`.
@@ -100,9 +100,7 @@ def initialize_streaming(
     for path in (Path(output), keep):
         if path is not None:
             require_writable(path)
-    prepared = prepare(
-        str(model), batches, config or LoraNullConfig(), options, loading, task=task, method=method, keep=keep
-    )
+    prepared = prepare(str(model), batches, config, options, loading, task=task, method=method, keep=keep)
     prepared.run(Path(output), overwrite=overwrite)
 
 

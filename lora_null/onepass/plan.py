@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..calibration.batches import Batch, to_device
+from ..calibration.batches import Batch
 from ..calibration.job import Job
 from ..calibration.memory import Item, MemoryPlan, readable
-from ..calibration.memory_plan import plan_for
+from ..calibration.memory_plan import inputs_on_meta, plan_for
 from ..calibration.probe import Probe
 from ..config import LoraNullConfig
 from ..models.shards import size_of
@@ -121,14 +121,9 @@ def _solving(seen: Probe, config: LoraNullConfig, name: str, layers: Sequence[nn
 
 def _activations(job: Job, batch: Batch, name: str) -> tuple[int, int]:
     """Return the bytes of all tensors that live at a time in a forward pass, and of the weights before the layers."""
-    meta = torch.device("meta")
-    inputs = to_device(batch.inputs, meta)
-    if "input_ids" in inputs:
-        length = inputs["input_ids"].shape[1]
-        inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device=meta)
     first = job.model.get_submodule(f"{name}.0")
     called: dict[int, nn.Module] = {}
-    reached = []
+    reached: list[bool] = []
 
     def note(module: nn.Module, _: Any) -> None:
         if not reached:
@@ -138,7 +133,7 @@ def _activations(job: Job, batch: Batch, name: str) -> tuple[int, int]:
     handles += [module.register_forward_pre_hook(note) for _, module in outside_of(job.model, name)]
     try:
         with _Living() as living:
-            job.model(**inputs)
+            job.model(**inputs_on_meta(job, batch.inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from ..models.refusals import Target
 from ..models.settings import Loading
 from ..models.shards import DiskWeights, Shards, weight_files
 from ..models.targets import survey
+from ..models.zero_points import with_group_size
 from ..system.files import beside, read_json, replacing, write_json
 from ..system.log import logger
 from ..system.version import __version__
@@ -110,8 +112,9 @@ class OnePass:
         refuse_adapted(found.linears)
         targets = found.select(config)
         require_adaptable(targets)
+        config = with_group_size(config, targets)
         for name, target in targets.items():
-            target.require_rank(config.rank_of(name))
+            target.require_rank(config.rank_of(name), config.group_pooling)
             if config.train == "ab":
                 target.require_writable("freeze_a=False")
         job = replace(Job.of(hollow, config, options), inputs_to=torch.device(options.device or "cpu"))
@@ -154,12 +157,10 @@ class OnePass:
 
     def run(self, output: Path, *, overwrite: bool) -> None:
         """Do it, and write the adapter folder ``output``."""
+        logger.info("%s", self.plan)
+        remedy = "Pass smaller batches, fewer target_modules, or another device."
+        self.plan.check(self.job.options.memory_limit, remedy)
         with self._work(output, overwrite) as work, evaluating(self.model), torch.inference_mode(False):
-            logger.info("%s", self.plan)
-            self.plan.check(
-                self.job.options.memory_limit,
-                "Pass smaller batches, fewer target_modules, or another device.",
-            )
             files, total = LayerFiles(work), len(self.members)
             done = min(files.count(), total)
             if done < total:
@@ -169,9 +170,10 @@ class OnePass:
     @contextmanager
     def _work(self, output: Path, overwrite: bool) -> Iterator[Path]:
         """Hold the folder of work beside ``output``, and remove it at the end; a killed run leaves it."""
-        work = beside(output, "work")
+        work, finished = beside(output, "work"), beside(output, "done")
         checkpoint = Checkpoint(work / "covariances", self._key())
         with Checkpoint(output, {}).locked():
+            shutil.rmtree(finished, ignore_errors=True)
             if (work / "key.json").exists():
                 checkpoint.refuse_other({k: str(v) for k, v in read_json(work / "key.json").items()}, checkpoint.key)
             else:
@@ -184,7 +186,9 @@ class OnePass:
             with replacing(work / "key.json") as temporary:
                 write_json(temporary, checkpoint.key)
             yield work
-            shutil.rmtree(work)
+            # in one step, so that what says that the outputs are whole never lacks while the rest is there
+            os.replace(work, finished)
+            shutil.rmtree(finished, ignore_errors=True)
 
     def _key(self) -> dict[str, str]:
         """Return what decides the bits of the result."""

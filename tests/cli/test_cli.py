@@ -48,14 +48,14 @@ class TestHelp:
         fields = set(lora_null.LoraNullConfig.__dataclass_fields__)
         behind = {
             "calibrate": [lora_null.calibrate, token_batches, read_texts],
-            "init": [lora_null.initialize],
+            "init": [lora_null.initialize, lora_null.initialize_streaming, token_batches, read_texts],
             "export": [export_adapter],
             "evaluate": [lora_null.evaluate],
             "inspect": [adapter_report, spectrum_report],
             "report": [write_report],
             "quickstart": [Settings],
         }
-        common = {"output", "overwrite", "dry_run", "json", *Loading.__dataclass_fields__}
+        common = {"output", "overwrite", "dry_run", "json", "data", *Loading.__dataclass_fields__}
         for name, functions in behind.items():
             (command,) = [c.callback for c in cli.app.registered_commands if c.callback.__name__ == name]
             known = fields | common | {p for f in functions for p in inspect.signature(f).parameters}
