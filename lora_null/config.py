@@ -97,7 +97,7 @@ class LoraNullConfig:
     train: str | None = helped("b (default), b_in_basis or ab: what learns.", None)
     energy: float | None = helped("Share to protect; b_in_basis: 0.99.", None)
     basis_dtype: str = helped("Of the free directions: float32, bfloat16, float64.", "float32")
-    group_pooling: int | str | None = helped("Inputs in a group that is read as its mean, or auto.", None)
+    group_pooling: int | str | None = helped("Inputs read as their mean, or auto.", None)
 
     def __post_init__(self):
         if not _is_rank(self.r):

@@ -79,7 +79,7 @@ class LayerWalk:
         rest: What else the tuples of each layer hold; ``None`` where it returns a tensor.
     """
 
-    start = 0
+    start: int = 0
 
     def __init__(
         self,

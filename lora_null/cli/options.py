@@ -64,9 +64,7 @@ Rank = Annotated[int, typer.Option("--r", help=help_of(LoraNullConfig, "r"))]
 Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or suffixes with commas.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier output, no other files.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output, no other files.")]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
