@@ -108,9 +108,9 @@ def inputs_on_meta(job: Job, inputs: Mapping[str, Any]) -> dict[str, Any]:
     positions that are given as they are.
     """
     meta = torch.device("meta")
-    inputs = to_device(dict(inputs), meta)
-    length = inputs["input_ids"].shape[1]
-    inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device=meta)
+    moved: dict[str, Any] = to_device(dict(inputs), meta)
+    length = moved["input_ids"].shape[1]
+    moved["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool, device=meta)
     if "position_ids" in job.reader.parameters:
-        inputs.setdefault("position_ids", torch.arange(length, device=meta)[None])
-    return inputs
+        moved.setdefault("position_ids", torch.arange(length, device=meta)[None])
+    return moved
