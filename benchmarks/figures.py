@@ -176,6 +176,7 @@ def fill(text: str, entries: list[dict]) -> str:
 def regenerate(entries: list[dict], root: Path = ROOT) -> int:
     """Draw the plots, then rewrite every figure in the documents of the repository."""
     drawn = []
+    plots.style()
     for name, drawing in fronts.draw(retention.read(retention.RESULTS)):
         drawn.append(kept.IMAGES / f"{name}.svg")
         plots.save(drawing, drawn[-1])

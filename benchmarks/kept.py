@@ -97,9 +97,18 @@ def _kept(entries: list[dict]):
             across = axes.get_yaxis_transform()
             where = axes.text(1, e["accuracy"], "before fine-tuning", color="#444444", transform=across, fontsize=8)
             where.set(ha="right", va="bottom")
+            before = e["accuracy"]
             continue
         ours = e["method"] == "LoRA-Null"
         axes.plot(e["task_loss"], e["accuracy"], "o", color=OURS if ours else PEER, markersize=10 if ours else 7)
+        # What forgetting is: the way down from where the model was.
+        colour = OURS if ours else PEER
+        axes.plot([e["task_loss"]] * 2, [before, e["accuracy"]], color=colour, linewidth=1.2, zorder=0)
+        lost = round((before - e["accuracy"]) * e["questions"])
+        if ours or e["method"] == "LoRA":
+            text = f"{lost} of {e['questions']} facts\nforgotten" if lost > 9 else f"{lost} of {e['questions']} forgotten"
+            where = axes.text(e["task_loss"], (before + e["accuracy"]) / 2, f"  {text}", fontsize=8, color=colour)
+            where.set(va="center" if lost > 9 else "bottom")
         axes.annotate(
             NAMES.get(e["method"], e["method"]),
             (e["task_loss"], e["accuracy"]),

