@@ -105,18 +105,13 @@ def _kept(entries: list[dict]):
         colour = OURS if ours else PEER
         axes.plot([e["task_loss"]] * 2, [before, e["accuracy"]], color=colour, linewidth=1.2, zorder=0)
         lost = round((before - e["accuracy"]) * e["questions"])
+        point, side = (e["task_loss"], e["accuracy"]), "left" if e["method"] == "LoRA" else "center"
+        below = dict(textcoords="offset points", ha=side)
+        name, weight = NAMES.get(e["method"], e["method"]), "bold" if ours else "normal"
+        axes.annotate(name, point, xytext=(0, -14), weight=weight, **below)
         if ours or e["method"] == "LoRA":
-            text = f"{lost} of {e['questions']} facts\nforgotten" if lost > 9 else f"{lost} of {e['questions']} forgotten"
-            where = axes.text(e["task_loss"], (before + e["accuracy"]) / 2, f"  {text}", fontsize=8, color=colour)
-            where.set(va="center" if lost > 9 else "bottom")
-        axes.annotate(
-            NAMES.get(e["method"], e["method"]),
-            (e["task_loss"], e["accuracy"]),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="left" if e["method"] == "LoRA" else "center",
-            weight="bold" if ours else "normal",
-        )
+            text = f"{lost} of {e['questions']} facts forgotten"
+            axes.annotate(text, point, xytext=(0, -24), color=OURS if ours else "#444444", fontsize=8, **below)
     axes.set_xlabel("task loss after fine-tuning, nats per token (left: more learned)")
     axes.set_ylabel("held-out facts still\nanswered right")
     axes.margins(x=0.08, y=0.18)

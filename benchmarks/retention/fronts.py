@@ -164,8 +164,17 @@ def draw(entries: Sequence[dict]) -> Iterator[tuple[str, object]]:
         yield "retention_equal", _equal(chosen)
 
 
+_COLOURS = {
+    "LoRA-Null": "#c4432b",
+    "LoRA-Null, A trained": "#e39a7f",
+    "Null-Basis, 99 %": "#7d4f9c",
+    "LoRA": "#2b5c8a",
+    "LoRA, decay 0.3": "#6fa8dc",
+}
+
+
 def _colour(method: str) -> str:
-    return {"LoRA-Null": "#c4432b", "LoRA-Null, A trained": "#e39a7f", "LoRA": "#2b5c8a"}.get(method, "#8397a8")
+    return _COLOURS.get(method, "#a9b5bf")
 
 
 def _fronts(chosen: list[tuple[str, str, list[dict], dict]]):
@@ -176,16 +185,21 @@ def _fronts(chosen: list[tuple[str, str, list[dict], dict]]):
         target = common_loss(runs, before)
         for method, point in points(runs, before, target).items():
             own = [run for run in runs if (run["method"], run["learning_rate"]) == (method, point.rate)]
-            for run in own:
+            # Of the others one entry: their names would lie upon one another.
+            label = method if method in _COLOURS else "others"
+            known = axes.get_legend_handles_labels()[1]
+            for number, run in enumerate(own):
                 line = [(loss(stop), fmean(stop["kl"])) for stop in run["stops"]]
                 wide = 1.8 if method in CONTENDERS else 0.8
-                axes.plot(*zip(*line, strict=True), "o-", color=_colour(method), linewidth=wide, markersize=3)
-            end = own[-1]["stops"][-1]
-            axes.annotate(method, (loss(end), fmean(end["kl"])), fontsize=7, color=_colour(method))
+                name = "" if number or label in known else label
+                axes.plot(
+                    *zip(*line, strict=True), "o-", color=_colour(method), label=name, linewidth=wide, markersize=3
+                )
+        axes.legend(frameon=False, fontsize=7)
         axes.axvline(target, color="#444444", linestyle=":", linewidth=1)
         axes.set_yscale("log")
         axes.set_title(f"{model}, {task}", loc="left", fontsize=9)
-        axes.set_xlabel("task loss, nats per token (left: more learned)")
+        axes.set_xlabel("task loss, nats per token (right: more learned)")
         axes.set_ylabel("KL from the model before, on its own text\n(down: more kept)")
         axes.invert_xaxis()
     figure.tight_layout()
@@ -195,9 +209,10 @@ def _fronts(chosen: list[tuple[str, str, list[dict], dict]]):
 def _equal(chosen: list[tuple[str, str, list[dict], dict]]):
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(len(chosen), 2, figsize=(8, 0.5 + 2.6 * len(chosen)), squeeze=False)
-    for row, (model, task, runs, before) in zip(panels, chosen, strict=True):
-        found = points(runs, before, common_loss(runs, before))
+    every = [points(runs, before, common_loss(runs, before)) for _, _, runs, before in chosen]
+    heights = [0.8 + 0.22 * max(5, len(found)) for found in every]
+    figure, panels = plt.subplots(len(chosen), 2, figsize=(8, 0.3 + sum(heights)), height_ratios=heights, squeeze=False)
+    for row, (model, task, _, _), found in zip(panels, chosen, every, strict=True):
         order = sorted(found, key=lambda method: -found[method].kept["kl"].value)
         for axes, name in zip(row, ("kl", "facts"), strict=True):
             for place, method in enumerate(order):
@@ -208,6 +223,7 @@ def _equal(chosen: list[tuple[str, str, list[dict], dict]]):
             axes.set_yticks(range(len(order)), order if name == "kl" else [""] * len(order))
             axes.set_xlabel(KEPT[name][0] + (": change" if KEPT[name][1] else ""))
             axes.margins(y=0.15)
+            axes.axvline(0, color="#444444", linestyle=":", linewidth=1)
         row[0].set_title(f"{model}, {task}, at equal task loss", loc="left", fontsize=9)
     figure.tight_layout()
     return figure

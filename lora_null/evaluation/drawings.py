@@ -142,8 +142,10 @@ def mark(place: int, x: float, y: float, title: str = "") -> str:
 
 def number(value: float) -> str:
     """Return a number in a few characters."""
-    text = f"{value:.3g}"
-    return text.replace("e-0", "e-").replace("e+0", "e+")
+    if value and not 1e-3 <= abs(value) < 1e5:
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}" if exponent else digits
+    return f"{value:.3g}"
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -23,11 +23,12 @@ h3{font-size:1rem;margin:1.2rem 0 .3rem}p{margin:.4rem 0;max-width:46rem}a{color
 nav ul,.legend,.tiles{list-style:none;padding:0;margin:.6rem 0;display:flex;flex-wrap:wrap;gap:.3rem 1rem}
 .tiles{gap:.8rem}.tiles li{flex:1 1 9rem;background:var(--panel);border-radius:.5rem;padding:.6rem .8rem}
 .tiles b{display:block;font-size:1.4rem;font-weight:600;line-height:1.3}
-dl{display:grid;grid-template-columns:minmax(7rem,12rem) 1fr;gap:.25rem 1rem;margin:.6rem 0}
+dl{display:grid;grid-template-columns:fit-content(40%) 1fr;gap:.25rem 1rem;margin:.6rem 0}
 dt{color:var(--soft)}dd{margin:0}
 table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.3rem .35rem;border-bottom:1px solid var(--rule);vertical-align:top}
-th{font-weight:500}th:first-child,td:first-child{text-align:left;padding-left:0}
+th{font-weight:500;overflow-wrap:normal}th:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere;min-width:5rem}
+td{white-space:nowrap}td span{display:block;color:var(--soft)}
 figure{margin:0;min-width:0}figcaption{margin:.2rem 0 .6rem}svg{display:block;width:100%;height:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem 2rem}
 .many{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:.4rem 1rem}
@@ -94,8 +95,7 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -
     """Return a table whose first column names its rows."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(map(_cell, row[1:])) + "</tr>" for row in rows
     )
     return f'<table aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -109,6 +109,12 @@ def figure(picture: str, caption: str, legend: str = "", kind: str = "") -> str:
 def details(summary: str, content: str, *, opened: bool = False) -> str:
     """Return a part that is opened by who wants it."""
     return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _cell(value: str) -> str:
+    """Return a cell; an interval stands below its value."""
+    head, sign, interval = escape(value).partition(" [")
+    return f"<td>{head} <span>[{interval}</span></td>" if sign else f"<td>{head}</td>"
 
 
 def _anchor(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from .advice import advise
 from .report import LayerSpectrum, LayerUpdate, adapter_report, eigenvalues_of, layer_spectrum
 from .results import Evaluation, rows_of
 
-# Decades below the largest eigenvalue that are drawn; beyond fp32 sums there is rounding.
+# Decades below the largest eigenvalue that may be drawn; beyond them sums in fp32 are rounding.
 _FLOOR = -9
 # More spectra than this are folded away by kind.
 _OPEN = 24
@@ -95,7 +96,7 @@ def write_report(
     }
     lead = markup.text(_sentence(read)) + markup.tiles(_headline(found, updates))
     foot = f"Written by lora_null {__version__} with torch {torch.__version__}."
-    page = markup.document(f"Adapter {folder.resolve().name}", lead, sections, foot)
+    page = markup.document(f"Report on {folder.resolve().name}", lead, sections, foot)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -129,7 +130,8 @@ def _read(path: Path, adapter: Path) -> tuple[Evaluation, dict[str, Any]]:
 
 
 def _spectra(adapter: Adapter, covariances: Covariances, eigenvalues: Mapping[str, Tensor]) -> _Spectra:
-    used = dict.fromkeys(covariances.group_of(name) for name in adapter.factors)
+    own = {covariances.group_of(name) for name in adapter.factors}
+    used = [key for key in covariances if key in own]
     chosen = {key: _chosen(adapter, key, covariances.groups[key]) for key in used}
     rows = [layer_spectrum(key, covariances, eigenvalues[key], chosen[key]) for key in used]
     kinds = _kinds({key: covariances.groups[key] for key in used})
@@ -155,9 +157,15 @@ def _kinds(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
     return kinds
 
 
-def _depth(name: str, place: int) -> int:
+def _depth(name: str, otherwise: Any) -> Any:
+    """Return the number of the layer in a name."""
     found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else place
+    return int(found[1]) if found else otherwise
+
+
+def _in_order(updates: Sequence[LayerUpdate]) -> list[LayerUpdate]:
+    """Sort by name, numbers as numbers: layer 2 before layer 10."""
+    return sorted(updates, key=lambda row: [(len(part), part) for part in row.name.split(".")])
 
 
 def _by_kind(values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, list[tuple[int, float]]]:
@@ -168,10 +176,10 @@ def _by_kind(values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str,
 
 
 def _sentence(adapter: Adapter) -> str:
-    base = _name(adapter.base_model) or "its base model"
+    base = f" of {_name(adapter.base_model)}" if adapter.base_model else ""
     if adapter.state is None:
-        return f"A plain LoRA adapter of {base}, made by another program."
-    return f"An adapter of {base}; trained: {_TRAINED[adapter.state.config.train or 'b']}."
+        return f"A plain LoRA adapter{base}, made by another program."
+    return f"An adapter{base}. Trained: {_TRAINED[adapter.state.config.train or 'b']}."
 
 
 def _name(model: object) -> str:
@@ -193,7 +201,6 @@ def _facts(
         config = adapter.state.config
         share = f"beyond {100 * config.energy:g} % of the energy" if config.energy is not None else "the least used"
         facts |= {
-            "Trained": _TRAINED[config.train or "b"],
             "Directions": f"{share}; rank {config.r}" + (", others by pattern" if config.rank_pattern else ""),
             "Scaling": f"lora_alpha {config.lora_alpha or config.r:g}" + (", rsLoRA" if config.use_rslora else ""),
             "Dropout": config.lora_dropout or None,
@@ -237,11 +244,16 @@ def _evaluated(found: Evaluation | None) -> str:
     if found is None:
         return markup.text("Not given; lora-null eval --json writes it, and --eval reads it.", soft=True)
     note = (
-        "Before is the pre-trained model. Brackets hold 95 % intervals by a bootstrap over documents or questions; of "
-        "the change, paired. The change of keep: cross-entropy is what PEFT's benchmark calls forgetting."
+        "Before is the pre-trained model. Brackets hold 95 % intervals by a bootstrap over documents or questions; of the "
+        "change, paired. KL and agreement compare both models by themselves. The change of keep: cross-entropy is what "
+        "PEFT's benchmark calls forgetting."
     )
-    rows = [(name, before or "", after, change) for name, before, after, change in rows_of(found)]
-    parts = [markup.table("Evaluation", ["measure", "before", "after", "change"], rows), markup.text(note, soft=True)]
+    columns = ["measure", "before", "after", "change"]
+    kinds = [row for row in rows_of(found) if row[0].startswith("questions, ")]
+    rows = [row for row in rows_of(found) if row not in kinds]
+    parts = [markup.table("Evaluation", columns, rows), markup.text(note, soft=True)]
+    if kinds:
+        parts.append(markup.details("By kind of question", markup.table("By kind of question", columns, kinds)))
     if found.questions is not None:
         bins = found.questions.reliability
         title = "Share of right answers over confidence, before and after"
@@ -255,6 +267,7 @@ def _evaluated(found: Evaluation | None) -> str:
 
 
 def _trained(updates: Sequence[LayerUpdate]) -> str:
+    updates = _in_order(updates)
     kinds = _kinds({row.name: [row.name] for row in updates})
     answers = {row.name: row.response for row in updates if row.response is not None}
     norms = _by_kind({row.name: row.norm for row in updates}, kinds)
@@ -291,9 +304,11 @@ def _trained(updates: Sequence[LayerUpdate]) -> str:
 def _drawn(spectra: _Spectra | None) -> str:
     if spectra is None:
         return markup.text("Not given; pass the covariances (--covariances) to see them.", soft=True)
+    least = min(float(v[v > 0].min() / v[-1]) for v in map(spectra.values.__getitem__, spectra.kinds) if v[-1] > 0)
+    floor = max(_FLOOR, min(-1, math.floor(math.log10(least))))
     lead = (
         "Eigenvalues of each input's second moment in ascending order, over the largest, on a logarithmic scale of "
-        f"{-_FLOOR} decades. Shaded: the directions of the adapter, up to the chosen edge; the percentage is the share "
+        f"{-floor} decades. Shaded: the directions of the adapter, up to the chosen edge; the percentage is the share "
         "of the activations' energy that they hold."
     )
     parts, kinds = [markup.text(lead, soft=True)], dict.fromkeys(spectra.kinds.values())
@@ -302,9 +317,10 @@ def _drawn(spectra: _Spectra | None) -> str:
         figures = []
         for row in rows:
             chosen = spectra.chosen[row.name]
-            what = f"{row.name}: {chosen} of {row.d}, {100 * row.null_energy:.2g} %"
-            picture = drawings.spectrum(spectra.values[row.name], chosen, _FLOOR, f"Spectrum of the input of {what}")
-            figures.append(markup.figure(picture, what))
+            what = f"{chosen} of {row.d}, {100 * row.null_energy:.2g}\u00a0%"
+            title, depth = f"Spectrum of the input of {row.name}: {what}", _depth(row.name, None)
+            picture = drawings.spectrum(spectra.values[row.name], chosen, floor, title)
+            figures.append(markup.figure(picture, f"{row.name if depth is None else f'layer {depth}'}: {what}"))
         content = f'<div class="many">{"".join(figures)}</div>'
         few = f"{len(rows)} input{'s' if len(rows) > 1 else ''}"
         parts.append(

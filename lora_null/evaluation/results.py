@@ -101,25 +101,25 @@ class Evaluation:
 
 
 def rows_of(found: Evaluation) -> list[tuple[str, str, str, str]]:
-    """Return measure, before, after and change with its interval, for each figure of an evaluation."""
-    pairs: dict[str, Paired] = {}
-    single: dict[str, Estimate] = {}
+    """Return measure, before, after and change with its interval; what compares both by itself stands as the change."""
+    rows: dict[str, Paired | Estimate] = {}
     for name, text in (("keep", found.keep), ("task", found.task)):
         if text is not None:
-            pairs[f"{name}: cross-entropy"] = text.cross_entropy
-            single |= {f"{name}: KL": text.kl, f"{name}: top-1 agreement": text.agreement}
+            rows |= {f"{name}: cross-entropy": text.cross_entropy}
+            rows |= {f"{name}: KL": text.kl, f"{name}: top-1 agreement": text.agreement}
     if found.questions is not None:
         kinds = {"questions": found.questions}
         kinds |= {f"questions, {kind}": each for kind, each in found.questions.by_kind.items()}
         for name, each in kinds.items():
-            measures = {"accuracy": each.accuracy, "log-likelihood": each.log_likelihood, "NLL": each.nll}
-            measures |= {"ECE": each.ece, "Brier score": each.brier}
-            pairs |= {f"{name}: {measure}": pair for measure, pair in measures.items()}
-    pairs |= {f"{task}: {key}": pair for task, figures in found.lm_eval.items() for key, pair in figures.items()}
-    rows = [
-        (name, f"{pair.before.value:.4g}", f"{pair.after.value:.4g}", str(pair.change)) for name, pair in pairs.items()
+            rows |= {f"{name}: accuracy": each.accuracy, f"{name}: log-likelihood": each.log_likelihood}
+            rows |= {f"{name}: NLL": each.nll, f"{name}: ECE": each.ece, f"{name}: Brier score": each.brier}
+    rows |= {f"{task}: {key}": pair for task, figures in found.lm_eval.items() for key, pair in figures.items()}
+    return [
+        (name, f"{value.before.value:.4g}", f"{value.after.value:.4g}", str(value.change))
+        if isinstance(value, Paired)
+        else (name, "", "", str(value))
+        for name, value in rows.items()
     ]
-    return rows + [(name, "", str(value), "") for name, value in single.items()]
 
 
 def _built(kind: Any, values: Any) -> Any:

@@ -57,7 +57,7 @@ def test_agrees_with_our_questions(harness, kind, tokenizer, tmp_path):
 
 
 def test_a_real_model_gives_the_likelihoods_of_the_harness(harness, tmp_path):
-    """SmolLM2, facts in words that its tokenizer splits into several tokens: each choice to 1e-6 of its size."""
+    """SmolLM2 in fp32: each choice to the rounding of its sums, the harness without and ours with key-value cache."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -88,7 +88,7 @@ def test_a_real_model_gives_the_likelihoods_of_the_harness(harness, tmp_path):
         ours = score_choices(model, [encode(tokenizer, q) for q in read_questions(asked)], progress=False)
     assert len(expected) == len(ours) == len(asked) > 20
     for row, score in zip(expected, ours, strict=True):
-        assert score.tolist() == pytest.approx(row, rel=1e-6, abs=1e-5)
+        assert score.tolist() == pytest.approx(row, rel=5e-6)
 
 
 def test_a_measure_that_is_no_mean_stands_alone_and_generators_are_kept(harness, tokenizer, tmp_path):

@@ -63,7 +63,7 @@ def test_says_what_was_done_and_found(full, judged, trained):
     page, raw = words(full), full.read_text(encoding="utf-8")
     assert re.findall(r"<h2>(.*?)</h2>", raw) == SECTIONS
     for said in (
-        "Adapter adapter",
+        "Report on adapter",
         "A is frozen in the null space",
         "768 Calibration text fingerprint",
         "tiny-llama",
@@ -72,7 +72,7 @@ def test_says_what_was_done_and_found(full, judged, trained):
         "questions: ECE",
         "questions, a: Brier score",
         "evaluate adapter 12.5 3",
-        "model.layers.1.mlp.down_proj: 4 of 80",
+        "layer 1: 4 of 80",
         "q, k, v",
         f"lora_null {lora_null.__version__} with torch",
     ):
@@ -110,7 +110,7 @@ def test_free_directions_are_the_edge(calibrated, tmp_path):
     page = words(write_report(tmp_path / "adapter", tmp_path / "r.html", covariances=covariances, progress=False))
     assert "beyond 90 % of the energy" in page and len(free) == 8 and len(set(free.values())) > 1
     for key, count in free.items():
-        assert f"{key}: {count} of {covariances.size(key)}" in page
+        assert f"layer {key.split('.')[2]}: {count} of {covariances.size(key)}" in page
 
 
 def test_the_marks_of_a_reliability_diagram_lie_where_their_bins_are():
@@ -133,6 +133,16 @@ def test_pictures_of_any_range_stay_inside(values):
     labels = re.findall(r'text-anchor="end">([^<]+)<', picture)
     assert 1 <= len(labels) <= 7 and len(set(labels)) == len(labels)
     assert drawings.by_depth({"a": [(0, 0.0)]}, "t") == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1e-4, "1e-4"), (2.345e-12, "2.35e-12"), (0.00123, "0.00123"), (1e5, "1e5"), (70, "70")],
+)
+def test_numbers_are_short(value, text):
+    from lora_null.evaluation import drawings
+
+    assert drawings.number(value) == text
 
 
 @pytest.mark.parametrize("dark", [False, True])
