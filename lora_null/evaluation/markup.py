@@ -29,6 +29,8 @@ table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric
 th,td{text-align:right;padding:.3rem .35rem;border-bottom:1px solid var(--rule);vertical-align:top}
 th{font-weight:500;overflow-wrap:normal}th:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere;min-width:5rem}
 td{white-space:nowrap}td span{display:block;color:var(--soft)}
+.wide{overflow-x:auto}
+@media (max-width:30rem){table{font-size:.8rem}th,td{padding:.25rem .2rem}}
 figure{margin:0;min-width:0}figcaption{margin:.2rem 0 .6rem}svg{display:block;width:100%;height:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem 2rem}
 .many{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:.4rem 1rem}
@@ -97,7 +99,8 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(map(_cell, row[1:])) + "</tr>" for row in rows
     )
-    return f'<table aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    frame = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
+    return f"{frame}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def figure(picture: str, caption: str, legend: str = "", kind: str = "") -> str:

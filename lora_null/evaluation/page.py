@@ -244,9 +244,9 @@ def _evaluated(found: Evaluation | None) -> str:
     if found is None:
         return markup.text("Not given; lora-null eval --json writes it, and --eval reads it.", soft=True)
     note = (
-        "Before is the pre-trained model. Brackets hold 95 % intervals by a bootstrap over documents or questions; of the "
-        "change, paired. KL and agreement compare both models by themselves. The change of keep: cross-entropy is what "
-        "PEFT's benchmark calls forgetting."
+        "Before is the pre-trained model. Brackets hold 95 % intervals by a bootstrap over documents or questions; of "
+        "the change, paired. KL and agreement compare both models by themselves. The change of keep: cross-entropy is "
+        "what PEFT's benchmark calls forgetting."
     )
     columns = ["measure", "before", "after", "change"]
     kinds = [row for row in rows_of(found) if row[0].startswith("questions, ")]
