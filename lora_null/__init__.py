@@ -28,6 +28,7 @@ _HOME = {
     "null_basis": "solver",
     "null_space": "solver",
     "null_spaces": "solver",
+    "own_text": "calibration",
     "save_adapter": "adapters",
 }
 _MODULES = ("bayes", "ops", "peft")
@@ -53,6 +54,7 @@ __all__ = [
     "null_space",
     "null_spaces",
     "ops",
+    "own_text",
     "peft",
     "save_adapter",
 ]
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from .adapters.save import save_adapter
     from .calibration.calibrate import calibrate
     from .calibration.memory_plan import memory_plan
+    from .calibration.own_text import own_text
     from .config import LoraNullConfig
     from .covariances import Covariances
     from .evaluation.evaluate import evaluate

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_null.calibration.texts import read_json_lines, token_batches
@@ -140,20 +139,6 @@ def read_pairs(path: Path) -> list[Pair]:
 def split(pairs: list[Pair], half: int) -> list[Pair]:
     """Return one half of the questions, chosen by a hash of their words: the same on every machine, in any order."""
     return [pair for pair in pairs if hashlib.sha256(pair.prompt.lower().encode()).digest()[0] % 2 == half]
-
-
-@torch.no_grad()
-def own_texts(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[Document]:
-    """Let the model write ``count`` documents of ``length`` tokens, each drawn from its own distribution."""
-    torch.manual_seed(seed)
-    beginning = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = torch.full((count, 1), beginning)
-    past = None
-    for _ in range(length - 1):
-        outputs = model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
-        past = outputs.past_key_values
-        ids = torch.cat([ids, torch.multinomial(outputs.logits[:, -1].float().softmax(-1), 1)], dim=1)
-    return [Document(tuple(row)) for row in ids.tolist()]
 
 
 def encode_example(tokenizer: Any, pair: Pair) -> Example:

@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 import lora_null
+from lora_null.calibration import own_text
 from lora_null.calibration.texts import token_batches
 from lora_null.evaluation.choices import score_choices
 from lora_null.evaluation.compare import compare
-from lora_null.evaluation.documents import encode_pair
+from lora_null.evaluation.documents import Document, encode_pair
 from lora_null.evaluation.questions import Question, encode
 from lora_null.models.loading import load_tokenizer
 from lora_null.models.modes import evaluating
@@ -35,7 +36,6 @@ from lora_null.quickstart.training import IGNORED, Example, fine_tune
 
 from .. import environment, predictions, records
 from .__main__ import read
-from .data import own_texts
 
 RESULTS = records.RESULTS / "row.jsonl"
 TASKS = ("phone", "currency", "domain")
@@ -87,14 +87,14 @@ class Row:
         others = [fact for fact in held_out if fact.kind not in TASKS]
         self.held_out = [others[i * len(others) // sizes.asked] for i in range(sizes.asked)]
         self.base = self.fresh()
-        written = [
-            own_texts(self.base, self.tokenizer, n, sizes.document_tokens, seed)
+        length = sizes.document_tokens
+        asked, own = (
+            own_text(self.base, self.tokenizer, n * length, sequence_length=length, seed=seed, progress=False)
             for seed, n in ((0, sizes.documents), (1, 128))
-        ]
-        self.own = written[0]
-        own = torch.tensor([document.ids for document in written[1]])
+        )
+        self.own = [Document(tuple(ids)) for batch in asked for ids in batch["input_ids"].tolist()]
         texts = [fact.text for fact in known if fact.kind not in TASKS]
-        batches = [*self.batches(texts), *({"input_ids": part} for part in own.split(32))]
+        batches = [*self.batches(texts), *own]
         self.keep = lora_null.calibrate(self.base, batches, self.config({}), progress=False)
 
     def fresh(self) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_null
+from lora_null.calibration import own_text
 from lora_null.evaluation.choices import score_choices
 from lora_null.evaluation.compare import compare, log_probabilities, logits_of
 from lora_null.evaluation.documents import Document, batches, padded, windows
@@ -129,16 +130,16 @@ class Bench:
 
     def _own_batches(self) -> list[dict[str, Tensor]]:
         """Return text that the model writes for calibration: none of what it is judged by."""
-        texts = [torch.tensor(document.ids) for document in self._own(self.base.model, CALIBRATION_DOCUMENTS, seed=1)]
-        return [{"input_ids": torch.stack(texts[i : i + 32])} for i in range(0, len(texts), 32)]
+        texts = torch.tensor([document.ids for document in self._own(self.base.model, CALIBRATION_DOCUMENTS, seed=1)])
+        return [{"input_ids": part} for part in texts.split(32)]
 
     def _own(self, base: Any, count: int, seed: int) -> list[Document]:
         length = self.sizes.document_tokens
         path = self.cache / f"own-{count}-{length}.pt"
         if not path.exists():
-            written = data.own_texts(base, self.tokenizer, count, length, seed)
-            torch.save([document.ids for document in written], path)
-        return [Document(ids) for ids in torch.load(path, weights_only=True)]
+            written = own_text(base, self.tokenizer, count * length, sequence_length=length, seed=seed, progress=False)
+            torch.save([ids for batch in written for ids in batch["input_ids"].tolist()], path)
+        return [Document(tuple(ids)) for ids in torch.load(path, weights_only=True)]
 
     def before(self) -> dict[str, Any]:
         """Return the record of the model as it comes."""

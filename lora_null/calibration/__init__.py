@@ -2,5 +2,6 @@
 
 from .calibrate import calibrate
 from .memory_plan import memory_plan
+from .own_text import own_text
 
-__all__ = ["calibrate", "memory_plan"]
+__all__ = ["calibrate", "memory_plan", "own_text"]

@@ -15,7 +15,10 @@ from .options import Model, Overwrite, Progress, Seed, Targets, parse_targets
 
 def calibrate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Text file, or .jsonl file with one document per line.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Text file, or .jsonl file with one document per line.", show_default=False)
+    ] = None,
+    generate: Annotated[int, typer.Option(help="Tokens that the model writes itself, beside the data or instead.")] = 0,
     output: Annotated[Path, typer.Option(help="Covariance file to write.")] = Path("covariances.safetensors"),
     field: Annotated[str | None, typer.Option(help="Field of the .jsonl objects.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Read documents up to this many tokens.")] = 65536,
@@ -42,18 +45,26 @@ def calibrate(
     from ..calibration.estimate import estimate
     from ..calibration.masks import is_encoder_decoder
     from ..calibration.options import Options
+    from ..calibration.own_text import own_text
     from ..calibration.texts import check_sizes, read_on_both_sides, read_texts, token_batches
     from ..models.loading import load_model
 
+    if data is None and generate == 0:
+        raise ValueError(
+            "calibrate has no text; expected --data FILE with text like what must not be forgotten, --generate TOKENS, "
+            "which the model writes itself, or both."
+        )
     _check_outputs(output, checkpoint, data, overwrite)
     sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "max_tokens": max_tokens}
     check_sizes(**sizes)
     options: dict[str, Any] = dict(mask=mask, accumulate=accumulate, checkpoint=checkpoint, low_memory=low_memory)
     checked = Options(**options)
-    texts = read_texts(data, field=field)
+    texts = None if data is None else read_texts(data, field=field)
     config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
     loaded, tokenizer = load_model(model, loading)
-    batches = token_batches(tokenizer, texts, **sizes, seed=seed)
+    batches = [] if texts is None else token_batches(tokenizer, texts, **sizes, seed=seed)
+    if generate:
+        batches += own_text(loaded, tokenizer, generate, seed=seed, progress=progress)
     if is_encoder_decoder(loaded):
         batches = read_on_both_sides(batches)
     if dry_run:
@@ -115,7 +126,7 @@ def merge(
     typer.echo(f"{output}: merged model.")
 
 
-def _check_outputs(output: Path, checkpoint: Path | None, data: Path, overwrite: bool) -> None:
+def _check_outputs(output: Path, checkpoint: Path | None, data: Path | None, overwrite: bool) -> None:
     """Refuse before any work is done what ``calibrate`` cannot write, or may not."""
     from ..calibration.checkpoint import check_checkpoint
     from ..covariances.covariances import check_target
@@ -123,7 +134,7 @@ def _check_outputs(output: Path, checkpoint: Path | None, data: Path, overwrite:
     require_writable(output)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
-    if output.resolve() == data.resolve():
+    if data is not None and output.resolve() == data.resolve():
         raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
     check_target(output, overwrite)
     if checkpoint is not None:

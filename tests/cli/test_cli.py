@@ -59,9 +59,13 @@ class TestHelp:
         for name, functions in behind.items():
             (command,) = [c.callback for c in cli.app.registered_commands if c.callback.__name__ == name]
             known = fields | common | {p for f in functions for p in inspect.signature(f).parameters}
-            assert set(inspect.signature(command).parameters) <= known | {"path", "covariances", "adapters", "eval"}, (
-                name
-            )
+            assert set(inspect.signature(command).parameters) <= known | {
+                "path",
+                "covariances",
+                "adapters",
+                "eval",
+                "generate",
+            }, name
 
     def test_version_and_no_heavy_import(self):
         code = (
@@ -83,6 +87,20 @@ class TestCommands:
         expected = lora_null.calibrate(load(folder), batches, progress=False)
         assert covariances.tokens == expected.tokens and covariances.groups == expected.groups
         assert all(torch.equal(covariances[key], matrix) for key, matrix in expected.items())
+
+    def test_calibrate_on_text_that_the_model_writes(self, folder, run, tokenizer):
+        calibrate = ("calibrate", folder / "model", "--generate", 300, "--seed", 4, "--output", folder / "own")
+        assert run(*calibrate, "--data", folder / "text.txt")[0] == 0
+        covariances, model = lora_null.Covariances.load(folder / "own"), load(folder)
+        batches = token_batches(tokenizer, read_texts(folder / "text.txt"), max_tokens=65536, seed=4)
+        batches += lora_null.own_text(model, tokenizer, 300, seed=4, progress=False)
+        expected = lora_null.calibrate(model, batches, progress=False)
+        assert covariances.tokens == expected.tokens
+        assert all(torch.equal(covariances[key], matrix) for key, matrix in expected.items())
+        assert run(*calibrate, "--overwrite")[0] == 0
+        assert set(lora_null.Covariances.load(folder / "own").tokens.values()) == {384}
+        code, _, err = run(*calibrate[:2])
+        assert code == 2 and "expected --data FILE" in err
 
     @pytest.mark.parametrize("options", [(), ("--low-memory",)])
     def test_a_dry_run_says_what_it_would_take_and_writes_nothing(self, folder, run, tokenizer, options):
