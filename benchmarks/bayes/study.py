@@ -31,7 +31,7 @@ from .packed import Packed, collate, log_likelihoods, packed_example, packed_que
 
 BEFORE, ENSEMBLE = "before", "ensemble of 3"
 # A posterior that is trained, and the learning rate of its run.
-TRAINED = {"Bayesian-LoRA": 5e-2, "BLoB": 1e-3}
+TRAINED = {"Bayesian-LoRA": 5e-2, "BLoB": 3e-3}
 METHODS = ("LoRA", "MC dropout", "TFB", "Laplace", *TRAINED, ENSEMBLE)
 
 
@@ -55,7 +55,7 @@ class Sizes:
     layers: int = 4
     r: int = 8
     dropout: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     train: int = 32
     epochs: int = 4
     batch_size: int = 8
