@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lora_null import bayes
 from lora_null.evaluation.questions import EncodedQuestion, Question, encode
-from lora_null.models.loading import load_tokenizer
+from lora_null.models.loading import load_tokenizer, load_weights
 from lora_null.models.modes import evaluating
+from lora_null.models.settings import Loading
 from lora_null.quickstart.facts import CHOICES, country_facts
-from lora_null.quickstart.run import load_model
 
 from .. import environment
 from ..retention.data import Pair, encode_example, name_of, read_pairs, split
@@ -31,7 +31,7 @@ from .packed import Packed, collate, log_likelihoods, packed_example, packed_que
 
 BEFORE, ENSEMBLE = "before", "ensemble of 3"
 # A posterior that is trained, and the learning rate of its run.
-TRAINED = {"Bayesian-LoRA": 5e-2, "BLoB": 3e-3}
+TRAINED = {"Bayesian-LoRA": 3e-2, "BLoB": 1e-3}
 METHODS = ("LoRA", "MC dropout", "TFB", "Laplace", *TRAINED, ENSEMBLE)
 
 
@@ -52,11 +52,11 @@ class Sizes:
         members: Of the ensemble.
     """
 
-    layers: int = 4
+    layers: int = 6
     r: int = 8
     dropout: float = 0.1
-    learning_rate: float = 3e-3
-    train: int = 32
+    learning_rate: float = 1e-3
+    train: int = 64
     epochs: int = 4
     batch_size: int = 8
     questions: int = 64
@@ -138,7 +138,7 @@ class Bench:
     @torch.no_grad()
     def _below(self, texts: list[Packed]) -> list[Packed]:
         """Run the layers without adapters."""
-        model, found = load_model(self.path, torch.float32, "cpu"), []
+        model, found = load_weights(str(self.path), Loading("float32", "cpu")), []
         for start in range(0, len(texts), 16):
             part = texts[start : start + 16]
             inputs = collate(part)
@@ -149,7 +149,7 @@ class Bench:
 
     def _fresh(self) -> Any:
         """Load the last layers."""
-        model = load_model(self.path, torch.float32, "cpu").requires_grad_(False)
+        model = load_weights(str(self.path), Loading("float32", "cpu")).requires_grad_(False)
         model.model.layers = model.model.layers[-self.sizes.layers :]
         for index, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = index
@@ -224,9 +224,8 @@ class Bench:
             kl = 1 / sum(len(example.targets) for example in examples)
         else:
             bayes.inducing(model)
-            # The published 0.1 over the steps of an epoch, for its smallest set: 640 examples in batches of 6. For an
-            # epoch as short as ours it would hold the mean at the start.
-            kl = 0.1 * 6 / 640
+            # as the published code, whose epochs are longer
+            kl = 0.1 * sizes.batch_size / sizes.train
         self._train(model, run.seed, 10 * run.seed, TRAINED[run.method], kl)
         return model, bayes.collect(model)
 

@@ -27,11 +27,11 @@ from lora_null.evaluation.choices import score_choices
 from lora_null.evaluation.compare import compare
 from lora_null.evaluation.documents import Document, encode_pair
 from lora_null.evaluation.questions import Question, encode
-from lora_null.models.loading import load_tokenizer
+from lora_null.models.loading import load_tokenizer, load_weights
 from lora_null.models.modes import evaluating
+from lora_null.models.settings import Loading
 from lora_null.quickstart import model as models
 from lora_null.quickstart.facts import Fact, country_facts
-from lora_null.quickstart.run import load_model
 from lora_null.quickstart.training import IGNORED, Example, fine_tune
 
 from .. import environment, predictions, records
@@ -99,7 +99,7 @@ class Row:
 
     def fresh(self) -> Any:
         """Load the model, frozen."""
-        return load_model(self.path, torch.float32, "cpu").requires_grad_(False)
+        return load_weights(str(self.path), Loading("float32", "cpu")).requires_grad_(False)
 
     def batches(self, texts: Sequence[str]) -> list[dict]:
         """Return padded batches for the calibration."""

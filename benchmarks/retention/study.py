@@ -20,9 +20,9 @@ from lora_null.evaluation.choices import score_choices
 from lora_null.evaluation.compare import compare, log_probabilities, logits_of
 from lora_null.evaluation.documents import Document, batches, padded, windows
 from lora_null.evaluation.questions import EncodedQuestion
-from lora_null.models.loading import load_tokenizer
+from lora_null.models.loading import load_tokenizer, load_weights
 from lora_null.models.modes import evaluating
-from lora_null.quickstart.run import load_model
+from lora_null.models.settings import Loading
 from lora_null.quickstart.training import fine_tune, pad_batch
 
 from .. import environment
@@ -114,7 +114,7 @@ class Bench:
 
     def fresh(self) -> Any:
         """Load the model, frozen."""
-        return load_model(self.path, torch.float32, "cpu").requires_grad_(False)
+        return load_weights(str(self.path), Loading("float32", "cpu")).requires_grad_(False)
 
     def covariances(self, text: str) -> lora_null.Covariances:
         """Calibrate on ``words``, ``bare`` or ``own`` text, or on several joined by ``+``, whose covariances add up."""

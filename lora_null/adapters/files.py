@@ -38,6 +38,7 @@ _KINDS: dict[str, Any] = {
 }
 # PEFT's name for the number of inputs that an adapter of QA-LoRA pools.
 _GROUP = "qalora_group_size"
+_NARROWING = ("exclude_modules", "layers_to_transform")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Adapter:
                 )
         adapter = cls(
             factors,
-            config.get("target_modules"),
+            # Names that other settings narrow down are written out: those settings are not kept.
+            None if any(config.get(key) for key in _NARROWING) else config.get("target_modules"),
             config.get("base_model_name_or_path"),
             config.get("task_type"),
             state,

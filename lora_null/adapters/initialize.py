@@ -13,6 +13,7 @@ from torch import nn
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.arguments import takes
+from ..models.quantised import warn_of_trainer
 from ..models.refusals import Target, require_floating
 from ..models.targets import CLASSIFIERS, Survey, survey
 from ..models.wrappers import uncompiled
@@ -39,6 +40,7 @@ def initialize(
     task: Covariances | None = None,
     method: str = "auto",
     adapter_dtype: torch.dtype = torch.float32,
+    verify_base: bool = True,
     progress: bool = True,
 ) -> nn.Module:
     """Patch the linear modules of ``model`` in place with adapters in their null spaces.
@@ -65,15 +67,17 @@ def initialize(
             uses most: among the directions beyond ``config.energy``, or, without one, weighed against their energy.
         method: Passed to :func:`lora_null.null_space`.
         adapter_dtype: Of the trained factors. fp32 factors on a bf16 base are PEFT's default and train best.
+        verify_base: Refuse covariances of other weights than the model's. The sum of several texts' may be of several
+            models, this one among them; see :meth:`lora_null.Covariances.__add__`.
         progress: Show a progress bar.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: The covariances do not cover or do not fit the model, the rank is too large, or the model
-            carries adapters already or is sharded already; ``config.energy`` leaves fewer directions free than a
-            layer's rank, or none that the task uses.
+        ValueError: The covariances do not cover or do not fit the model or are of other weights, the rank is too
+            large, or the model carries adapters already or is sharded already; ``config.energy`` leaves fewer
+            directions free than a layer's rank, or none that the task uses.
     """
     require_floating(adapter_dtype, "adapter_dtype")
     wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
@@ -91,6 +95,7 @@ def initialize(
         task=task,
         method=method,
         dtype=adapter_dtype,
+        verify_base=verify_base,
         progress=progress,
     )
     if config.train == "ab":
@@ -110,6 +115,7 @@ def initialize(
         if isinstance(tensor, nn.Parameter) and inside(name, trained):
             tensor.requires_grad_(True)
     _say_frozen(layers, trained)
+    warn_of_trainer(model)
     state = AdapterState(config, start.base_fingerprint, start.energies, free=start.free)
     originals = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items() if inside(name, trained)}
     set_state(model, replace(state, before=keys_of(model), originals=originals))

@@ -49,7 +49,7 @@ class LoraNullLinear(nn.Linear):
         lora_B: Up-projection factor; its ``weight`` is ``(m, r)``.
         initial_A: ``A0`` where the base is shifted, else ``None``.
         initial_B: ``B0`` where the base is shifted, else ``None``.
-        scaling: The factor ``s``.
+        scaling: The factor ``s``; one that is set by hand leaves the base shifted by the one attached.
         lora_dropout: Dropout probability on the adapter's input while training.
         adapter_enabled: ``False`` gives the pre-trained layer, on a shifted base too.
         projection_group: The layers that share one projection of their common input, from
@@ -81,6 +81,7 @@ class LoraNullLinear(nn.Linear):
         """Map ``x (..., d)`` to ``(..., m)``."""
         factors = (self.lora_A, self.lora_B) if self.adapter_enabled else (self.initial_A, self.initial_B)
         base = _base_class(type(self))
+        scaling = self.scaling if self.adapter_enabled else self.stated_scaling
         if factors[0] is None or factors[1] is None:
             return base.forward(self, x)
         lora_A, lora_B = factors[0].weight, factors[1].weight
@@ -90,13 +91,11 @@ class LoraNullLinear(nn.Linear):
                 y = self.projection_group.forward(self, x)
                 if y is not None:
                     return y
-            return ops.lora_linear(
-                x, self.weight, lora_A, lora_B, scaling=self.scaling, bias=self.bias, dropout=dropout
-            )
+            return ops.lora_linear(x, self.weight, lora_A, lora_B, scaling=scaling, bias=self.bias, dropout=dropout)
         # A quantised or otherwise special base keeps its own product; only the low-rank term is ours.
         adapted = nn.functional.dropout(x, dropout) if dropout else x
         low_rank = (adapted @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
-        return base.forward(self, x) + self.scaling * low_rank
+        return base.forward(self, x) + scaling * low_rank
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse what ``parallelize_module`` tries: to register the factors' parameters as the layer's own."""
@@ -115,10 +114,13 @@ class LoraNullLinear(nn.Linear):
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
         """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see ``delta.stack``."""
-        initial = None
-        if self.initial_A is not None and self.initial_B is not None:
-            initial = self.initial_A.weight, self.initial_B.weight
-        return stack(self.lora_A.weight, self.lora_B.weight, self.scaling, initial)
+        lora_A: Tensor = self.lora_A.weight
+        lora_B: Tensor = self.lora_B.weight
+        if self.initial_A is None or self.initial_B is None:
+            return stack(lora_A, lora_B, self.scaling, None)
+        # Set by hand, the scaling is that of B A alone.
+        lora_B = lora_B if self.scaling == self.stated_scaling else lora_B * (self.scaling / self.stated_scaling)
+        return stack(lora_A, lora_B, self.stated_scaling, (self.initial_A.weight, self.initial_B.weight))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the class that was adapted: the adapted class is made on demand."""

@@ -13,6 +13,7 @@ from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.arguments import PATH, takes
 from ..models.identity import fingerprint
+from ..models.quantised import warn_of_trainer
 from ..models.refusals import Target, require_finite, require_floating
 from ..models.targets import survey
 from ..models.weights import home_of
@@ -49,7 +50,7 @@ def load_adapter(
         covariances: Of the run; needed to go on training where A learns within the free directions (``b_in_basis``),
             which are solved for again.
         adapter_dtype: Of the factors in memory.
-        verify_base: Compare the base weights with the fingerprint saved with the adapter.
+        verify_base: Compare the base weights with the fingerprint saved with the adapter, and that of ``covariances``.
 
     Returns:
         The same model. Nothing is changed when an error is raised.
@@ -68,13 +69,8 @@ def load_adapter(
         target.require_whole("load_adapter")
     require_adaptable(targets)
     base = fingerprint({name: target.linear for name, target in targets.items()})
-    if verify_base and base and state and state.base_fingerprint and base != state.base_fingerprint:
-        raise ValueError(
-            f"{folder} was trained on other weights than those of this {type(base_model).__name__}: the shapes agree, "
-            "the values do not. Load the base model that the adapter was trained on "
-            f"({adapter.base_model!r}), unmerged and without other adapters, or pass "
-            "verify_base=False if the difference is intended: a base that was rounded to float16, say."
-        )
+    if verify_base:
+        require_base(base_model, folder, state, base)
     config = state.config if state else adapter.recipe
     assert config is not None
     stacked = state is not None and state.stacked
@@ -94,7 +90,7 @@ def load_adapter(
     directions: dict[str, FreeDirections] = {}
     if is_trainable and config.train == "b_in_basis":
         known = require_covariances(folder, covariances)
-        directions = directions_of(survey(base_model).linears, ranks, known, config)
+        directions = directions_of(survey(base_model).linears, ranks, known, config, verify_base=verify_base)
     made: dict[str, tuple[Tensor | BasisFactor, Tensor, tuple[Tensor, Tensor] | None]] = {}
     for name, target in targets.items():
         home, r, wide = home_of(target.linear), ranks[name], torch.promote_types(adapter_dtype, torch.float32)
@@ -134,6 +130,8 @@ def load_adapter(
         )
         layer.lora_B.requires_grad_(is_trainable)
     share_projections(base_model)
+    if is_trainable:
+        warn_of_trainer(base_model)
     before, tensors = keys_of(base_model), tensors_of(base_model)
     originals = {name: tensors[name].detach().clone() for name in placed}
     with torch.no_grad():
@@ -148,6 +146,17 @@ def load_adapter(
     )
     set_state(base_model, state)
     return wrapper
+
+
+def require_base(model: nn.Module, folder: Path, state: AdapterState | None, found: str | None) -> None:
+    """Refuse a model whose weights, by their fingerprint ``found``, are others than those the adapter began on."""
+    if found and state and state.base_fingerprint and found != state.base_fingerprint:
+        raise ValueError(
+            f"{folder} was trained on other weights than those of this {type(model).__name__}: the shapes agree, the "
+            "values do not. Load the base model that the adapter was trained on, unmerged and without other adapters, "
+            "or pass verify_base=False (--no-verify-base) if the difference is intended: a base that was rounded to "
+            "float16, say."
+        )
 
 
 def require_covariances(source: Path | str, covariances: Covariances | None) -> Covariances:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.arguments import takes
+from ..models.loading import PROCESSORS
 from ..models.refusals import DIVERGED, require_finite
 from ..models.shards import INDEX
 from ..models.targets import survey
@@ -103,6 +105,7 @@ _MERGED_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.*",
+    *PROCESSORS,
 )
 
 
@@ -146,8 +149,22 @@ def check_merge_target(
         )
 
 
-def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwrite: bool = False) -> None:
+def save_merged(
+    model: Any,
+    tokenizer: Any,
+    output: str | os.PathLike,
+    *,
+    beside: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write a model folder that appears whole or not at all.
+
+    Args:
+        model: Merged.
+        tokenizer: Of the model.
+        output: The folder to write.
+        beside: Files of the base model that go along, by name.
+        overwrite: Replace a model folder.
 
     Raises:
         FileExistsError: ``output`` exists, and ``overwrite`` is not set or it holds more than a merged model.
@@ -158,3 +175,5 @@ def save_merged(model: Any, tokenizer: Any, output: str | os.PathLike, *, overwr
         own = {} if getattr(model, "hf_quantizer", None) is None else {"save_original_format": False}
         model.save_pretrained(new, **own)
         tokenizer.save_pretrained(new)
+        for name, source in (beside or {}).items():
+            shutil.copyfile(source, new / name)

@@ -75,6 +75,11 @@ def save_adapter(
 def of_model(model: nn.Module, base_model_name_or_path: str | None = None) -> Adapter:
     """Return the adapter that a patched model, unwrapped, carries, for the untouched base; sharded factors gathered."""
     layers = require_layers(model)
+    if not all(layer.adapter_enabled for layer in layers.values()):
+        raise ValueError(
+            "The adapters are disabled, and modules_to_save hold the values that they had before training; expected "
+            "them enabled. Save outside of disable_adapters()."
+        )
     factors = {plain_name(name): layer.low_rank_delta() for name, layer in layers.items()}
     first = next(iter(layers.values()))
     state = get_state(model) or AdapterState(LoraNullConfig(r=first.r, lora_alpha=first.scaling * first.r))

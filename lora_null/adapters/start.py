@@ -54,6 +54,7 @@ def start_factors(
     aliases: tuple[str, ...] = ("{}",),
     method: str = "auto",
     dtype: torch.dtype = torch.float32,
+    verify_base: bool = True,
     progress: bool = True,
 ) -> Start:
     """Solve for the null spaces and factorise; nothing is changed, and what can be refused is refused before the work.
@@ -71,23 +72,24 @@ def start_factors(
         aliases: Forms in which covariances may hold a name.
         method: Passed to :func:`lora_null.null_space`.
         dtype: Of the factors.
+        verify_base: Refuse covariances of other weights.
         progress: Show progress bars.
 
     Raises:
-        ValueError: The covariances do not cover or do not fit the layers, a rank is too large, a weight is not finite,
-            or cannot be shifted; an energy leaves fewer directions free than a layer's rank.
+        ValueError: The covariances do not cover or do not fit the layers or are of other weights, a rank is too large,
+            a weight is not finite, or cannot be shifted; an energy leaves fewer directions free than a layer's rank.
     """
     L = config.group_pooling
     assert not isinstance(L, str)
     with announcing_failure():
-        keys = _checked_groups(linears, ranks, covariances, aliases)
+        keys = _checked_groups(linears, ranks, covariances, aliases, verify_base)
         for name, r in ranks.items():
             linears[name].require_rank(r, L)
             if config.train == "ab":
                 linears[name].require_writable("freeze_a=False")
         options: dict[str, Any] = {"method": method, "seed": config.seed}
         if task is not None:
-            own = _checked_groups(linears, ranks, task, aliases, "task covariances")
+            own = _checked_groups(linears, ranks, task, aliases, verify_base, "task covariances")
             names_of_task = {keys[name]: key for name, key in own.items()}
             options["task"] = _Renamed(task, names_of_task, L)
     free, directions, shares = _free(covariances, ranks, keys, config, progress)
@@ -125,11 +127,12 @@ def directions_of(
     config: LoraNullConfig,
     *,
     aliases: tuple[str, ...] = ("{}",),
+    verify_base: bool = True,
     progress: bool = True,
 ) -> dict[str, FreeDirections]:
     """Solve for the free directions alone, in which a saved adapter goes on learning; errors as above."""
     with announcing_failure():
-        keys = _checked_groups(linears, ranks, covariances, aliases)
+        keys = _checked_groups(linears, ranks, covariances, aliases, verify_base)
         for name, r in ranks.items():
             linears[name].require_rank(r, config.group_pooling)
     return _free(covariances, ranks, keys, config, progress)[1]
@@ -219,13 +222,15 @@ def _checked_groups(
     names: Mapping[str, int],
     covariances: Covariances,
     aliases: tuple[str, ...],
+    verify_base: bool,
     what: str = "covariances",
 ) -> dict[str, str]:
-    """Return by layer name the key of its sharing group, whose size fits; warn if they are of other weights."""
-    _warn_of_other_weights(linears, covariances, aliases, what)
+    """Return by layer name the key of its sharing group, whose size fits and which is of these weights."""
     keys = _groups(names, covariances, aliases, what)
     for name, key in keys.items():
         linears[name].require_width(covariances.size(key))
+    if verify_base:
+        _require_these_weights(linears, covariances, aliases, what)
     return keys
 
 
@@ -246,22 +251,24 @@ def _forms(name: str, aliases: tuple[str, ...]) -> list[str]:
     return [alias.format(name) for alias in aliases]
 
 
-def _warn_of_other_weights(
+def _require_these_weights(
     linears: Mapping[str, Target], covariances: Covariances, aliases: tuple[str, ...], what: str
 ) -> None:
-    """Log a warning if the covariances were collected on weights other than those of ``linears``."""
+    """Refuse covariances that were collected on weights other than those of ``linears``."""
     known = covariances.metadata.get("base_fingerprint")
     members = {name for names in covariances.groups.values() for name in names}
     named = {form: target.linear for name, target in linears.items() for form in _forms(name, aliases)}
     if not known or not members <= set(named):
         return
     present = fingerprint({name: linear for name, linear in named.items() if name in members})
-    # Of sums, those of the last text are of the model that the others were learned in.
-    if present and present not in known.split(" + "):
-        logger.warning(
-            "The %s were collected on other weights than these: the shapes agree, the values do not. The null spaces "
-            "of another model protect nothing here; run lora_null.calibrate on this one.",
-            what,
+    # Of sums, those of the last text are of the model that the others were learned in. Quantised ones have no print.
+    prints = known.split(" + ")
+    if present and all(prints) and present not in prints:
+        raise ValueError(
+            f"The {what} were collected on other weights than these: the shapes agree, the values do not, and the null "
+            "spaces of another model protect nothing here. Run lora_null.calibrate on this one, or pass "
+            "verify_base=False (--no-verify-base) if the difference is intended: covariances from before an earlier "
+            "adapter was merged, or a base that was rounded to float16, say."
         )
 
 

@@ -59,7 +59,7 @@ class MemoryPlan:
             allowed = limit if limit is not None else free_memory(device)
             if allowed is not None and self.total(device) > allowed:
                 raise ValueError(
-                    f"Calibration needs {readable(self.total(device))} on {device} and may use {readable(allowed)}. "
+                    f"{readable(self.total(device))} are needed on {device}, and {readable(allowed)} may be used. "
                     f"{remedy}\n{self}"
                 )
 

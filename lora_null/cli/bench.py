@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..calibration.memory import Item, MemoryPlan
 from ..ops import covariance_update, lora_linear, lora_linear_reference
 from ..solver.factorize import factorize
 from ..solver.null_space import null_space
@@ -24,13 +25,16 @@ def measure(
         One entry per operation: ``operation``, and ``ms``, ``ms_20``, ``ms_80``: median and quantiles.
 
     Raises:
-        ValueError: A size is not positive, or the rank is too large.
+        ValueError: A size is not positive, the rank is too large, or there is too little memory.
     """
     if min(d, m, r, tokens) < 1 or repeats < 2 or r > min(d, m):
         raise ValueError(
             f"d={d}, m={m}, r={r}, tokens={tokens}, repeats={repeats}; expected positive sizes, r <= min(d, m) and "
             "at least 2 repeats."
         )
+    size = dtype.itemsize * (3 * tokens * (d + m) + 2 * m * d) + 4 * tokens * d + 64 * d * d
+    items = (Item("tensors and spectra", torch.device(device), size),)
+    MemoryPlan(f"bench of d={d}, m={m}, tokens={tokens}", items).check(None, "Choose smaller sizes.")
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:

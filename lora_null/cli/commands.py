@@ -10,7 +10,7 @@ import typer
 from ..config import LoraNullConfig
 from ..models.settings import Loading
 from ..system.files import require_writable
-from .options import Model, Overwrite, Progress, Seed, Targets, parse_targets
+from .options import Model, Overwrite, Progress, Seed, Targets, VerifyBase, parse_targets
 
 
 def calibrate(
@@ -111,18 +111,20 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
     *,
     loading: Loading,
+    verify_base: VerifyBase = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into its base model and write a plain Hugging Face checkpoint."""
     from ..adapters.load import load_adapter
     from ..adapters.merge import check_merge_target, save_merged
     from ..adapters.merge import merge as fold
-    from ..models.loading import load_model, load_tokenizer
+    from ..models.loading import load_model, load_tokenizer, processor_files
 
     require_writable(output)
     check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model, loading))
     loaded, tokenizer = load_model(model, loading)
-    save_merged(fold(load_adapter(loaded, adapter)), tokenizer, output, overwrite=overwrite)
+    folded = fold(load_adapter(loaded, adapter, verify_base=verify_base))
+    save_merged(folded, tokenizer, output, beside=processor_files(model, loading), overwrite=overwrite)
     typer.echo(f"{output}: merged model.")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..models.settings import Loading
-from .options import AsJson, Model, Overwrite, Progress, Rank, Seed, parse_names
+from .options import AsJson, Model, Overwrite, Progress, Rank, Seed, VerifyBase, parse_names
 
 
 def evaluate(
@@ -26,6 +26,7 @@ def evaluate(
     *,
     loading: Loading,
     seed: Seed = 0,
+    verify_base: VerifyBase = True,
     json: AsJson = False,
     progress: Progress = True,
 ) -> None:
@@ -44,7 +45,7 @@ def evaluate(
     found, stages = {}, Stages(choose_device(loading.device))
     for path in adapters:
         with stages.stage(f"load {path.name}"):
-            tuned, base, tokenizer = load_tuned(model, path, loading)
+            tuned, base, tokenizer = load_tuned(model, path, loading, verify_base=verify_base)
         with stages.stage(f"evaluate {path.name}"):
             found[str(path)] = run(
                 tuned,

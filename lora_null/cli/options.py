@@ -65,6 +65,10 @@ Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output, no other files.")]
+VerifyBase = Annotated[
+    bool,
+    typer.Option("--verify-base/--no-verify-base", show_default=False, help="Refuse what was made on other weights."),
+]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

@@ -63,6 +63,7 @@ def init(
     batch_size: Annotated[int, typer.Option(hidden=True)] = 16,
     mask: Annotated[str, typer.Option(hidden=True)] = "attention",
     accumulate: Annotated[str, typer.Option(hidden=True)] = "fp32",
+    verify_base: Annotated[bool, typer.Option("--verify-base/--no-verify-base", hidden=True)] = True,
     *,
     loading: Loading,
     seed: Seed = 0,
@@ -103,7 +104,8 @@ def init(
             return
         prepared.run(folder, overwrite=overwrite)
     else:
-        _from_file(model, file, folder, config, loading, loaded_task, method.value, overwrite, progress)
+        options: dict[str, Any] = {"method": method.value, "verify_base": verify_base, "progress": progress}
+        _from_file(model, file, folder, config, loading, loaded_task, overwrite, options)
     typer.echo(
         f"{folder}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "
         "lora_null.peft.load_trainable(model, path)."
@@ -131,9 +133,8 @@ def _from_file(
     config: LoraNullConfig,
     loading: Loading,
     task: Any,
-    method: str,
     overwrite: bool,
-    progress: bool,
+    options: dict[str, Any],
 ) -> None:
     from ..adapters.files import check_target
     from ..adapters.initialize import initialize
@@ -145,7 +146,7 @@ def _from_file(
     check_target(output, overwrite)
     loaded_covariances = Covariances.load(covariances)
     loaded, _ = load_model(model, loading)
-    initialize(loaded, loaded_covariances, config, task=task, method=method, progress=progress)
+    initialize(loaded, loaded_covariances, config, task=task, **options)
     save_adapter(loaded, output, overwrite=overwrite)
 
 

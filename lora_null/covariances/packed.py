@@ -203,6 +203,14 @@ class PackedFile(PackedMatrices):
         except (KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: its contents do not fit its header ({error}).") from error
 
+    def __deepcopy__(self, memo: dict) -> PackedFile:
+        """Nothing of it changes, and so copies of what holds it read the same file."""
+        return self
+
+    def __reduce__(self) -> tuple:
+        """Another process opens the file again, and finds out if it is another one by then."""
+        return _reopened, (self.path, self.metadata["kind"], self._checksums)
+
     def _read_header(self) -> None:
         checksums = self._file.get_tensor(_CHECKSUMS).tolist()
         with open(self.path, "rb") as file:
@@ -224,3 +232,10 @@ class PackedFile(PackedMatrices):
         if zlib.crc32(bytes_of(tensor)) != self._checksums[name]:
             raise ValueError(f"{self.path} is damaged: the checksum of {name!r} does not match its data.")
         return tensor
+
+
+def _reopened(path: Path, kind: str, checksums: dict[str, int]) -> PackedFile:
+    file = PackedFile(path, kind)
+    if file._checksums != checksums:
+        raise ValueError(f"{path} is another file than the one that was open when this was pickled; load it again.")
+    return file

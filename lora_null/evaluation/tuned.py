@@ -17,13 +17,16 @@ from ..system.files import read_json
 _UNFIT = "Found missing adapter keys"
 
 
-def load_tuned(model: str, path: Path, loading: Loading | None = None) -> tuple[Any, Any | None, Any]:
+def load_tuned(
+    model: str, path: Path, loading: Loading | None = None, *, verify_base: bool = True
+) -> tuple[Any, Any | None, Any]:
     """Load what :func:`lora_null.evaluate` compares.
 
     Args:
         model: Folder or Hugging Face id of the pre-trained model.
         path: An adapter folder, ours or PEFT's of any kind, or a checkpoint of a merged or fully tuned model.
         loading: How the models are loaded.
+        verify_base: As for :func:`lora_null.load_adapter`.
 
     Returns:
         ``(tuned, base, tokenizer)``; ``base`` is None where ``tuned`` without its adapter is the pre-trained model.
@@ -48,7 +51,7 @@ def load_tuned(model: str, path: Path, loading: Loading | None = None) -> tuple[
         if "Load it with PEFT" not in str(error):
             raise
         return _with_peft(base, path), None, tokenizer
-    return load_adapter(base, path), None, tokenizer
+    return load_adapter(base, path, verify_base=verify_base), None, tokenizer
 
 
 def _with_peft(base: Any, path: Path) -> Any:

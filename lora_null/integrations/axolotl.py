@@ -37,6 +37,7 @@ else:
         lora_null_energy: float | None = Field(None, description="Share of the activations' energy to protect.")
         lora_null_task: str | None = Field(None, description="Covariances of the task, which choose among directions.")
         lora_null_freeze_a: bool | None = Field(None, description="Short for lora_null_train: b, and for ab.")
+        lora_null_verify_base: bool = Field(True, description="Refuse covariances of other weights.")
         lora_null_fused: bool = Field(True, description="Compute base and adapter in one operation.")
 
 
@@ -73,10 +74,11 @@ class LoraNullPlugin(BasePlugin):
         covariances, task = (
             Covariances.load(cfg[key]) if cfg.get(key) else None for key in ("lora_null_covariances", "lora_null_task")
         )
+        verify_base = cfg.get("lora_null_verify_base") is not False
         if cfg.get("lora_model_dir"):
             state = read_state(Path(cfg["lora_model_dir"]))
             if state is not None:
-                go_on(model, state, covariances=covariances)
+                go_on(model, state, covariances=covariances, verify_base=verify_base)
         elif covariances is None:
             raise ValueError(
                 "lora_null_covariances is not set; expected a file of covariances of base_model. Make it with: "
@@ -87,7 +89,9 @@ class LoraNullPlugin(BasePlugin):
             freeze_a = cfg.get("lora_null_freeze_a")
             train = None if freeze_a is not None else cfg.get("lora_null_train")
             energy = cfg.get("lora_null_energy")
-            initialize_lora_null_weights(model, covariances, freeze_a=freeze_a, train=train, energy=energy, task=task)
+            initialize_lora_null_weights(
+                model, covariances, freeze_a=freeze_a, train=train, energy=energy, task=task, verify_base=verify_base
+            )
         if cfg.get("lora_null_fused") is not False:
             use_fused_kernels(model)
 

@@ -9,6 +9,9 @@ import torch
 
 from .settings import Loading
 
+# Beside the tokenizer's, in models that read images or sound.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
 
 def choose_device(device: str = "auto") -> str:
     """Return ``device``, where ``"auto"`` means a CUDA device if there is one.
@@ -39,7 +42,8 @@ def load_model(model: str, loading: Loading | None = None) -> tuple[Any, Any]:
         loading: How.
 
     Raises:
-        ValueError: No such model, dtype or device; or the model is a checkpoint of a run with adapters, which
+        OSError: No such model, or none whose weights are safetensors.
+        ValueError: No such dtype or device; the model is a checkpoint of a run with adapters, which
             transformers would load without them.
     """
     tokenizer = load_tokenizer(model, loading)
@@ -55,7 +59,17 @@ def load_weights(model: str, loading: Loading | None = None) -> Any:
     quantised = getattr(config, "quantization_config", None) is not None
     device_map = loading.device_map or (device if quantised else None)
     placed = {} if device_map is None else {"device_map": device_map}
-    loaded: Any = _class_for(config).from_pretrained(model, dtype=dtype, **placed, **loading.source)
+    try:
+        loaded: Any = _class_for(config).from_pretrained(
+            model, dtype=dtype, use_safetensors=True, **placed, **loading.source
+        )
+    except OSError as error:
+        if "model.safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{model} holds no weights as safetensors; expected model.safetensors, whole or in shards. Pickled ones "
+            "(.bin) are never opened here: load the model where you trust it, and save_pretrained writes safetensors."
+        ) from error
     return (loaded if placed else loaded.to(device)).eval()
 
 
@@ -139,6 +153,16 @@ def load_tokenizer(model: str, loading: Loading | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def processor_files(model: str, loading: Loading | None = None) -> dict[str, Path]:
+    """Return by name the files of a model that say how its images and sounds are prepared; text needs none."""
+    from transformers.utils import cached_file
+
+    revision = (loading or Loading()).revision
+    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    found = {name: cached_file(model, name, revision=revision, **options) for name in PROCESSORS}
+    return {name: Path(path) for name, path in found.items() if path is not None}
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..system.log import warn_once
 from ..system.tensors import PLAIN_TENSORS
 
 # The attribute of bitsandbytes' Linear4bit that lets its forward repack the weight.
@@ -80,6 +81,18 @@ def allow_gradients(modules: Iterable[nn.Module]) -> None:
                 state.absmax = state.absmax.t().reshape(-1).float()
             weight.quant_state = state
         setattr(module, _REPACKS, False)
+
+
+def warn_of_trainer(model: nn.Module) -> None:
+    """Say that transformers' trainers take a quantised model only with adapters that PEFT has put into it."""
+    if getattr(model, "is_quantized", False):
+        warn_once(
+            "quantised-trainer",
+            "The base is quantised: transformers.Trainer, and what is made of it, refuses it, for it looks for "
+            "adapters of PEFT. To train with that, use peft.get_peft_model and "
+            "lora_null.peft.initialize_lora_null_weights, or lora_null.peft.load_trainable; a loop of your own and "
+            "other trainers take this model.",
+        )
 
 
 @contextmanager

@@ -147,6 +147,15 @@ def survey(model: nn.Module) -> Survey:
             for key, parameter in parameters.items():
                 if parameter.dim() > 2 and min(parameter.shape) > 1:
                     stacks[f"{name}.{key}".lstrip(".")] = parameter.numel()
+    stated = getattr(getattr(model, "config", None), "lora_null", None)
+    shifts = isinstance(stated, dict) and stated.get("config", {}).get("train") == "ab"
+    if shifts and not any(hasattr(module, "lora_A") for module in model.modules()):
+        message = (
+            f"The configuration of this {type(model).__name__} says that it was saved with adapters of lora_null and "
+            "train='ab'. Here they are missing, and its base weights may be shifted. Load the pre-trained model, and "
+            "turn the checkpoint into an adapter with lora-null export."
+        )
+        warn_once(message, message)
     # Tied embeddings, above all.
     shared = _overlapping(everything) | {key for key, count in holders.items() if count > 1}
     tied = {name for name, linear in linears.items() if id(linear._parameters.get("weight")) in shared}

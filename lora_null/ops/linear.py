@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..system.tensors import PLAIN_TENSORS
 from . import dispatch, linear_autograd, reference
 from .operation import autocast_dtype
 
@@ -129,11 +130,12 @@ def _call(
 
     ``lora_linear``, with A as its factor, returns ``(y, S)``; ``lora_up_linear``, with P, returns y.
     """
-    for tensor in (x, weight, factor, lora_B):
+    optional = [tensor for tensor in (bias, mixing) if tensor is not None]
+    for tensor in (x, weight, factor, lora_B, *optional):
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name}: an operand is a {type(tensor).__name__}; expected torch tensors x, weight, lora_A (or "
-                "projected) and lora_B, in this order. Pass the weight of a layer, and stack lists."
+                "projected) and lora_B, in this order, and perhaps a bias. Pass the weight of a layer, and stack lists."
             )
     compiled = dispatch.compiled(x, weight, dropout)
     if compiled is not None:
@@ -142,10 +144,14 @@ def _call(
             return outputs
     projected = name == "lora_up_linear"
     way = dispatch.choose(x, weight, factor, lora_B, bias, mixing, dropout=dropout)
-    if way != "torch":
+    if way == "torch":
+        _check_plain(x, weight, factor, lora_B, projected)
+    else:
         x, weight, bias = _cast_for_autocast(x, weight, bias)
         factor = factor.to(x.dtype) if projected else factor
-        _check(x, weight, factor, lora_B, bias, mixing, projected)
+    # autocast casts in torch's own operators, and what is quantised has a dtype of its own
+    foreign = way == "torch" and (type(weight) not in PLAIN_TENSORS or autocast_dtype(x.device.type) is not None)
+    _check(x, weight, factor, lora_B, bias, mixing, projected, foreign)
     if way == "operation":
         if projected:
             return linear_autograd.lora_up_linear(x, weight, factor, lora_B, bias, mixing, float(scaling))
@@ -185,6 +191,21 @@ def _cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
     return tuple(t if t is None or t.dtype == dtype or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
+def _check_plain(x: Tensor, weight: Tensor, factor: Tensor, lora_B: Tensor, projected: bool) -> None:
+    """Refuse what no operator of torch understands either."""
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight is {tuple(weight.shape)}; expected a matrix (m, d). FSDP1 flattens weights outside its forward, "
+            "and quantised ones are packed: dequantise it, or call this inside summon_full_params."
+        )
+    operands = (x, weight, factor, lora_B)
+    places = [tensor.device for tensor in operands]
+    if all(type(tensor) in PLAIN_TENSORS for tensor in operands) and any(place != x.device for place in places):
+        names = ("x", "weight", "projected" if projected else "lora_A", "lora_B")
+        found = ", ".join(f"{name} on {place}" for name, place in zip(names, places, strict=True))
+        raise ValueError(f"{found}; expected one device. Move them with .to().")
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -193,14 +214,17 @@ def _check(
     bias: Tensor | None,
     mixing: Tensor | None,
     projected: bool,
+    foreign: bool,
 ) -> None:
+    if not factor.ndim or (factor.ndim != 2 and not projected):
+        raise ValueError(f"lora_A, or the projection, is {tuple(factor.shape)}; expected (r, d), or (..., r).")
     d, m = x.shape[-1] if x.ndim else None, weight.shape[0]
     if weight.shape[1] != d:
         raise ValueError(
             f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}: expected x (..., d) and weight (m, d) with the "
             "same d. A weight stored as (d, m), as in GPT-2's Conv1D, has to be transposed."
         )
-    if weight.dtype != x.dtype:
+    if weight.dtype != x.dtype and not foreign:
         raise TypeError(
             f"x is {x.dtype} and weight {weight.dtype}: expected the same dtype. Often x comes from a normalisation "
             "kept in fp32; run the model under torch.autocast, or cast x."

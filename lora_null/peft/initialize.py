@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.basis import FreeDirections
 from ..adapters.delta import require_shift, shift_base
+from ..adapters.layer import refuse_adapted
 from ..adapters.plain import shifting_start
 from ..adapters.start import start_factors
 from ..adapters.state import INITIAL, AdapterState
@@ -21,7 +23,7 @@ from ..models.refusals import Target, require_finite
 from ..models.targets import survey
 from ..models.zero_points import with_group_size
 from ..system.distributed import announcing_failure
-from ..system.log import warn_once
+from ..system.log import logger, warn_once
 from .basis import BasisLinear
 from .layers import base_of, freeze, lora_layers, lora_modules
 from .recipe import recipe_of
@@ -47,6 +49,7 @@ def initialize_lora_null_weights(
     adapter_name: str = "default",
     method: str = "auto",
     seed: int = 0,
+    verify_base: bool = True,
     progress: bool = True,
 ) -> Model:
     """Overwrite the LoRA weights of ``peft_model`` with a LoRA-Null start.
@@ -74,6 +77,7 @@ def initialize_lora_null_weights(
         adapter_name: Which adapter to overwrite.
         method: Passed to :func:`lora_null.null_space`.
         seed: Seed of the solver.
+        verify_base: Refuse covariances of other weights, as :func:`lora_null.initialize` does.
         progress: Show a progress bar.
 
     Returns:
@@ -94,7 +98,7 @@ def initialize_lora_null_weights(
     layers = lora_layers(peft_model, adapter_name)
     linears = linears_of(peft_model)
     with announcing_failure():
-        _check_base(peft_model)
+        _check_base(peft_model, linears)
         for name, layer in layers.items():
             _check_layer(name, layer, linears.get(name), adapter_name)
         config = recipe_of(peft_model, adapter_name, options)
@@ -107,6 +111,7 @@ def initialize_lora_null_weights(
         task=task,
         aliases=ALIASES,
         method=method,
+        verify_base=verify_base,
         progress=progress,
     )
     with announcing_failure():
@@ -118,9 +123,15 @@ def initialize_lora_null_weights(
     if config.train == "ab":
         warn_once(
             "shifted-peft-base",
-            "The base weights were shifted by the initial adapters: disable_adapter() and other adapters on this model "
-            "now see the shifted base. save_pretrained and lora_null.peft.save_adapter write this adapter for the "
-            "untouched base.",
+            "The base weights were shifted by the initial adapters: disable_adapter(), unload() and other "
+            "adapters on this model, hot-swapped ones too, now see the shifted base. save_pretrained and "
+            "lora_null.peft.save_adapter write this adapter for the untouched base.",
+        )
+    if tied := [name for name in layers if linears[name].tied]:
+        logger.warning(
+            "%s shares its weight with another module. Saved adapters are right; merged by PEFT (merge_adapter, "
+            "merge_and_unload), the update would change both. Leave it out through target_modules if you merge.",
+            tied[0],
         )
     remember(peft_model, adapter_name, AdapterState(config, start.base_fingerprint, start.energies, free=start.free))
     return peft_model
@@ -133,8 +144,9 @@ def linears_of(peft_model: nn.Module) -> dict[str, Target]:
     return {plain[name]: replace(target, name=plain[name]) for name, target in linears.items()}
 
 
-def _check_base(peft_model: Any) -> None:
+def _check_base(peft_model: Any, linears: Mapping[str, Target]) -> None:
     """Refuse a model whose base weights something has moved already."""
+    refuse_adapted(linears)
     for adapter, config in peft_model.peft_config.items():
         if start := shifting_start(getattr(config, "init_lora_weights", None)):
             raise ValueError(
@@ -158,6 +170,7 @@ def _check_layer(name: str, layer: Any, target: Target | None, adapter_name: str
             "layer. Leave it out of the LoraConfig's target_modules."
         )
     target.require_whole("initialize_lora_null_weights")
+    target.require_plain("An adapter")
     rows = len(layer.lora_A[adapter_name].weight)
     if rows != layer.r[adapter_name]:
         raise ValueError(

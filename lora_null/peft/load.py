@@ -10,11 +10,16 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapters.basis import factor_within
-from ..adapters.load import require_covariances
+from ..adapters.layer import refuse_adapted
+from ..adapters.load import require_base, require_covariances
+from ..adapters.names import WEIGHTS, tensor_names
 from ..adapters.start import directions_of
 from ..adapters.state import AdapterState, read_state, require_sealed
 from ..covariances.covariances import Covariances
 from ..models.arguments import PATH, takes
+from ..models.identity import fingerprint
+from ..models.targets import survey
+from ..system.tensors import opened
 from .basis import BasisLinear
 from .initialize import ALIASES, linears_of
 from .layers import freeze_lora_A, lora_layers
@@ -28,6 +33,8 @@ def load_trainable(
     path: str | os.PathLike,
     adapter_name: str = "default",
     covariances: Covariances | None = None,
+    *,
+    verify_base: bool = True,
 ) -> PeftModel:
     """``PeftModel.from_pretrained(..., is_trainable=True)`` that goes on as the run did.
 
@@ -35,16 +42,25 @@ def load_trainable(
     file made of them. On disk an adapter is relative to the untouched base; on that it is trained, without a shift.
 
     With ``train="b_in_basis"`` it needs the ``covariances`` of the run, which say which directions are free.
+    ``verify_base`` compares the base weights with the fingerprints saved with the adapter and the covariances.
 
     Raises:
-        ValueError: ``lora_null.json`` is damaged, or of a newer format than this version knows; the covariances are
-            missing, or not those of the run.
+        ValueError: ``lora_null.json`` is damaged, or of a newer format than this version knows; the adapter was trained
+            on other weights; the covariances are missing, or not those of the run.
     """
     state = read_state(Path(path))
     require_sealed(Path(path))
+    targets = survey(base_model).linears
+    refuse_adapted(targets)
+    if verify_base and state is not None:
+        with opened(Path(path) / WEIGHTS, "the adapter's weights") as file:
+            adapted = set(file.keys())
+        linears = {name: target.linear for name, target in targets.items()}
+        own = {name: linear for name, linear in linears.items() if tensor_names(name)[0] in adapted}
+        require_base(base_model, Path(path), state, fingerprint(own))
     peft_model = PeftModel.from_pretrained(base_model, str(path), adapter_name=adapter_name, is_trainable=True)
     if state is not None:
-        go_on(peft_model, state, adapter_name, covariances)
+        go_on(peft_model, state, adapter_name, covariances, verify_base=verify_base)
     return peft_model
 
 
@@ -53,10 +69,13 @@ def go_on(
     state: AdapterState,
     adapter_name: str = "default",
     covariances: Covariances | None = None,
+    *,
+    verify_base: bool = True,
 ) -> None:
     """Let an adapter that PEFT has loaded as trainable go on in the mode, scaling and dropout of its run."""
     if state.config.train == "b_in_basis":
-        _learn_within(peft_model, state, adapter_name, require_covariances("The adapter", covariances))
+        known = require_covariances("The adapter", covariances)
+        _learn_within(peft_model, state, adapter_name, known, verify_base)
     restore(peft_model, adapter_name, state.config)
     if state.config.freeze_a:
         freeze_lora_A(peft_model, adapter_name)
@@ -64,10 +83,13 @@ def go_on(
     remember(peft_model, adapter_name, replace(state, config=config, stacked=False))
 
 
-def _learn_within(peft_model: nn.Module, state: AdapterState, adapter_name: str, covariances: Covariances) -> None:
+def _learn_within(
+    peft_model: nn.Module, state: AdapterState, adapter_name: str, covariances: Covariances, verify_base: bool
+) -> None:
     layers = lora_layers(peft_model, adapter_name)
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    directions = directions_of(linears_of(peft_model), ranks, covariances, state.config, aliases=ALIASES)
+    linears = linears_of(peft_model)
+    directions = directions_of(linears, ranks, covariances, state.config, aliases=ALIASES, verify_base=verify_base)
     weights = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
     factors = {name: factor_within(name, weight, directions[name], BasisLinear) for name, weight in weights.items()}
     for name, layer in layers.items():

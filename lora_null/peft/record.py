@@ -13,8 +13,9 @@ from peft import PeftConfig, PeftModel
 
 from ..adapters.extras import keys_of
 from ..adapters.names import PEFT_CONFIG
-from ..adapters.state import OWN_CONFIG, AdapterState, set_state
+from ..adapters.state import OWN_CONFIG, AdapterState
 from ..config import LoraNullConfig
+from ..models.wrappers import STATE
 from .basis import drop_coefficients, learns_within
 from .complete import require_complete
 from .layers import lora_layers
@@ -42,7 +43,8 @@ class Record:
 
 def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
     """Keep ``state`` of an adapter, and let the model's own ways to save and load it keep to it."""
-    set_state(peft_model, state)
+    # Not in the configuration of the model, which PEFT's merge_and_unload hands on as it is.
+    setattr(peft_model, STATE, state)
     record = Record(state, keys_of(peft_model), peft_model.peft_config[adapter_name])
     records = {**peft_model.__dict__.get(_RECORDS, {}), adapter_name: record}
     setattr(peft_model, _RECORDS, records)
@@ -105,6 +107,11 @@ class SavePretrained:
                 "PEFT's conversion (path_initial_model_for_weight_conversion) is not needed here: save_pretrained "
                 "writes an adapter for the untouched base by itself. Leave it out."
             )
+        if not options.get("safe_serialization", True) and any(states.values()):
+            raise ValueError(
+                "safe_serialization is False, by which adapters are pickled; expected safetensors, which all readers "
+                "know. Leave it out."
+            )
         require_complete(self.model, held_before(self.model), options.get("save_embedding_layers", "auto"))
         with ExitStack() as stack:
             shifted = is_shifted(self.model)
@@ -118,6 +125,13 @@ class SavePretrained:
                     stack.enter_context(_set(self.model.peft_config[name], settings))
                     state = states[name]
                     states[name] = None if state is None else replace(state, stacked=stacked)
+            for name in folders if not shifted else ():
+                if states[name] is not None:
+                    # What was set on the layers, by hand or by hot-swapping, is in PEFT's configuration nowhere.
+                    recipe = recipe_of(self.model, name, LoraNullConfig())
+                    stack.enter_context(
+                        _set(self.model.peft_config[name], {"alpha_pattern": recipe.alpha_pattern or {}})
+                    )
             writes = options.get("is_main_process", True)
             for folder in folders.values() if writes else ():
                 # Of another adapter, or of this one as it was: without it a folder is an ordinary adapter's.

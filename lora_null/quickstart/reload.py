@@ -8,19 +8,19 @@ import sys
 from typing import Any
 
 
-def main(model: str, adapter: str, recorded: str, dtype: str, device: str) -> None:
+def main(model: str, adapter: str, recorded: str, kind: str, options: str) -> None:
     """Print ``{"difference": ..., "largest_logit": ..., "modules": [...]}`` as the last line of stdout."""
     import torch
+    import transformers
     from peft import PeftModel
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     expected = load_file(recorded)
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    base = base.to(device)
+    of_model: Any = getattr(transformers, kind, transformers.AutoModelForCausalLM)
+    base = of_model.from_pretrained(model, **json.loads(options))
     loaded = PeftModel.from_pretrained(base, adapter).eval()
     with torch.inference_mode():
-        logits = loaded(input_ids=expected["input_ids"].to(device)).logits.float().cpu()
+        logits = loaded(input_ids=expected["input_ids"].to(base.device)).logits.float().cpu()
     result = {
         "difference": float((logits - expected["logits"]).abs().max()),
         "largest_logit": float(expected["logits"].abs().max()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,8 @@ from ..calibration.calibrate import calibrate
 from ..calibration.texts import read_texts, token_batches
 from ..config import LoraNullConfig
 from ..evaluation.report import eigenvalues_of, row_space_energies
-from ..models.loading import choose_device, load_tokenizer, parse_dtype
+from ..models.loading import choose_device, load_tokenizer, load_weights
+from ..models.settings import Loading
 from . import tables
 from .evaluation import Knowledge, score_facts, task_loss
 from .facts import Fact, country_facts
@@ -74,9 +75,10 @@ def run(settings: Settings) -> dict[str, Any]:
 
     with stages.stage("fetch and load the model"):
         path = settings.model or str(fetch_model())
-        tokenizer = load_tokenizer(path)
-        dtype = parse_dtype(settings.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        model = load_model(path, dtype, device)
+        tokenizer = load_tokenizer(path, settings)
+        automatic = "bfloat16" if device.startswith("cuda") else "float32"
+        loading = replace(settings, dtype=automatic) if settings.dtype == "auto" else settings
+        model = load_weights(path, loading)
     known, held_out = country_facts()
     texts = [fact.text for fact in known] if settings.data is None else read_texts(settings.data)
     asked = min(settings.questions, len(held_out))
@@ -113,7 +115,7 @@ def run(settings: Settings) -> dict[str, Any]:
     adapter = settings.output / "adapter"
     with stages.stage("save, reload in a fresh process"):
         save_adapter(model, adapter, overwrite=True)
-        reload = reload_elsewhere(model, path, adapter, pad_batch(examples[:4])["input_ids"])
+        reload = reload_elsewhere(model, path, adapter, pad_batch(examples[:4])["input_ids"], settings)
 
     outcomes = {"before": before, "LoRA": lora, "LoRA-Null": null}
     results = {
@@ -145,7 +147,9 @@ class Judge:
         return Outcome(knowledge, loss, median(energies.values()) if energies else None)
 
 
-def reload_elsewhere(model: nn.Module, base: str, adapter: Path, input_ids: Tensor) -> dict[str, Any]:
+def reload_elsewhere(
+    model: nn.Module, base: str, adapter: Path, input_ids: Tensor, loading: Loading | None = None
+) -> dict[str, Any]:
     """Compare the logits of ``model`` on ``input_ids (B, L)`` with those of stock PEFT in a fresh process.
 
     Returns:
@@ -164,10 +168,15 @@ def reload_elsewhere(model: nn.Module, base: str, adapter: Path, input_ids: Tens
     recorded = adapter.parent / "probe.safetensors"
     save_file({"input_ids": input_ids.contiguous(), "logits": logits.contiguous()}, str(recorded))
     script = resources.files(__package__).joinpath("reload.py").read_text(encoding="utf-8")
-    dtype = str(parameter.dtype).removeprefix("torch.")
+    loading = loading or Loading()
+    options = {
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device_map": loading.device_map or str(parameter.device),
+        **loading.source,
+    }
     # As text, not by path or -m: neither this package nor its folder is then on the way of any import.
-    command = [sys.executable, "-c", script, base, str(adapter), str(recorded), dtype, str(parameter.device)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    arguments = [base, str(adapter), str(recorded), type(model).__name__, json.dumps(options)]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     recorded.unlink()
     if done.returncode:
         raise RuntimeError(f"Loading {adapter} with PEFT in a fresh process failed:\n{done.stderr}")
@@ -175,14 +184,6 @@ def reload_elsewhere(model: nn.Module, base: str, adapter: Path, input_ids: Tens
     if result["modules"]:
         raise RuntimeError(f"The fresh process imported {result['modules']}; the adapter must not need this package.")
     return result
-
-
-def load_model(path: str, dtype: torch.dtype, device: str) -> Any:
-    """Load a causal language model in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval()
 
 
 def plain_lora(model: Any, settings: Settings) -> Any:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import helped
+from ..models.settings import Loading
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Loading):
     """The settings of :func:`lora_null.quickstart.run.run`, with the help of their flags.
 
     ``output`` keeps the results of one run, the newest. ``seed`` is that of the adapters' random start, of the training
@@ -25,6 +26,5 @@ class Settings:
     learning_rate: float = helped("Peak learning rate of both methods.", 3e-3)
     questions: int = helped("Held-out questions asked.", 400)
     seed: int = helped("Seed of every random choice.", 0)
-    device: str = helped("auto, cpu, cuda, cuda:1, ...", "auto")
     dtype: str = helped("auto: float32 on a CPU, bfloat16 on a GPU.", "auto")
     progress: bool = helped("Show progress bars.", True)

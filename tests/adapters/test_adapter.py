@@ -191,6 +191,15 @@ def test_a_checkpoint_says_what_its_adapters_are(llama, token_batches, tmp_path)
     assert "lora_null" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
+def test_a_checkpoint_that_lost_its_adapters_is_noticed(llama, token_batches, tmp_path, caplog):
+    """from_pretrained passes over them, and leaves a shifted base."""
+    trained(llama, token_batches, freeze_a=False).save_pretrained(tmp_path / "checkpoint")
+    model = type(llama()).from_pretrained(tmp_path / "checkpoint")
+    assert "may be shifted" not in caplog.text
+    lora_null.calibrate(model, token_batches(), progress=False)
+    assert "saved with adapters of lora_null and train='ab'. Here they are missing" in caplog.text
+
+
 def test_names_are_whole_where_endings_would_select_more(llama, token_batches, tmp_path):
     from peft import PeftModel
 

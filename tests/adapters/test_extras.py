@@ -281,3 +281,12 @@ def test_a_file_that_lacks_what_it_promises_is_refused(llama, token_batches, tmp
     path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}))
     with pytest.raises(ValueError, match=r"lacks lm_head\.weight"):
         lora_null.load_adapter(llama(), tmp_path / "adapter")
+
+
+def test_disabled_adapters_are_not_saved(llama, token_batches, tmp_path):
+    """The head would go into the file with the values that it had before."""
+    model = head(trained(llama, token_batches, modules_to_save=["lm_head"]))
+    with disable_adapters(model), pytest.raises(ValueError, match=r"are disabled, .* outside of disable_adapters"):
+        lora_null.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    lora_null.save_adapter(model, tmp_path / "adapter")

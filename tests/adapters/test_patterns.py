@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from adapter_tools import R, ids, trained
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import lora_null
 from lora_null import LoraNullConfig
 from lora_null.adapters import export_adapter
-from lora_null.adapters.layer import adapter_layers
+from lora_null.adapters.layer import adapter_layers, disable_adapters
 
 PATTERNS = {
     "rank": {"rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 9, "v_proj|k_proj": 3}},
@@ -30,7 +31,6 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "model.
 
 def peft_layers(model, **options):
     """Name to rank and scaling, as PEFT itself reads the options."""
-    from peft import LoraConfig, get_peft_model
     from peft.tuners import lora
 
     peft_model = get_peft_model(model, LoraConfig(**options)).get_base_model()
@@ -71,8 +71,6 @@ def test_an_exclusion_of_nothing_is_said(llama, caplog):
 @pytest.mark.parametrize("freeze_a", [True, False], ids=["frozen_a", "trained_a"])
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
 def test_patterns_survive_every_way(llama, token_batches, tmp_path, options, freeze_a):
-    from peft import PeftModel
-
     model = trained(llama, token_batches, freeze_a=freeze_a, lora_dropout=0.25, **options)
     expected = model(ids()).logits
     lora_null.save_adapter(model, tmp_path / "adapter")
@@ -105,10 +103,19 @@ def test_patterns_survive_every_way(llama, token_batches, tmp_path, options, fre
     assert (resumed(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("option", [{"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.self_attn.q_proj"]}])
+def test_what_narrows_the_choice_of_peft_narrows_that_of_the_export(llama, tmp_path, option):
+    """Readers make an adapter of zeros, which then trains, for every layer that target_modules selects."""
+    config = LoraConfig(r=R, target_modules=["q_proj"], init_lora_weights=False, **option)
+    get_peft_model(llama(), config).save_pretrained(tmp_path / "theirs")
+    export_adapter(tmp_path / "theirs", tmp_path / "exported")
+    made = PeftModel.from_pretrained(llama(), tmp_path / "exported").state_dict()
+    adapted = {key.split(".lora_")[0] for key in made if "lora_" in key}
+    assert adapted == {"base_model.model.model.layers.1.self_attn.q_proj"}
+
+
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
 def test_adapters_with_patterns_of_peft_are_read(llama, tmp_path, options):
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     torch.manual_seed(0)
     config = LoraConfig(r=R, target_modules=NAMES, init_lora_weights=False, **options)
     peft_model = get_peft_model(llama(), config).eval()
@@ -137,6 +144,24 @@ def test_what_was_changed_by_hand_is_saved(llama, token_batches, tmp_path):
     assert [layer.scaling for layer in adapter_layers(resumed).values()] == [3.0] + [1.0] * 13
     assert all(layer.lora_A.weight.requires_grad for layer in adapter_layers(resumed).values())
     assert (resumed(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_scaling_set_by_hand_on_a_shifted_base_is_that_of_the_product_alone(llama, token_batches, tmp_path):
+    """The base stays shifted by the one attached: on disk, in a model loaded again and without the adapter."""
+    model = trained(llama, token_batches, freeze_a=False, lora_alpha=2 * R)
+    for layer, scaling in zip(adapter_layers(model).values(), (3.0, 0.5, 2.0), strict=False):
+        layer.scaling = scaling
+    expected = model(ids()).logits
+    with disable_adapters(model):
+        torch.testing.assert_close(model(ids()).logits, llama()(ids()).logits, rtol=1e-4, atol=1e-5)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    resumed = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True)
+    assert [layer.scaling for layer in adapter_layers(resumed).values()] == [3.0, 0.5] + [2.0] * 12
+    for one, other in zip(adapter_layers(model).values(), adapter_layers(resumed).values(), strict=True):
+        torch.testing.assert_close(other.lora_B.weight, one.lora_B.weight, rtol=1e-4, atol=1e-5)
+    plain = PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))
+    for other in (resumed, plain, lora_null.merge(model)):
+        assert (other(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_checkpoint_with_a_scaling_set_by_hand_is_refused(llama, token_batches, tmp_path):

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from adapter_tools import R, ids, trained
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -128,6 +129,9 @@ def test_weights_that_are_made_anew_are_refused(llama, token_batches, tmp_path, 
     with pytest.raises(ValueError, match=match):
         lora_null.load_adapter(model, tmp_path / "adapter", verify_base=False)
     same(before, model)
+    peft_model = get_peft_model(model, LoraConfig(r=R, target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match=match):
+        lora_null.peft.initialize_lora_null_weights(peft_model, covariances, freeze_a=freeze_a, progress=False)
 
 
 @pytest.mark.parametrize("make", [MADE["weight_norm"], MADE["pruning"]], ids=["weight_norm", "pruning"])

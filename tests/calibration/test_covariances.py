@@ -1,7 +1,9 @@
 """The file format of covariances: what is kept, what is refused, what survives an interruption."""
 
+import copy
 import json
 import os
+import pickle
 import struct
 
 import pytest
@@ -279,3 +281,18 @@ def test_sums_are_those_of_both_texts(tmp_path):
         first + _covariances(sizes=(5, 1))
     with pytest.raises(TypeError):
         first + 1
+
+
+def test_covariances_of_a_file_are_copied_and_pickled(tmp_path):
+    saved = _covariances()
+    saved.save(tmp_path / "c")
+    loaded = Covariances.load(tmp_path / "c")
+    pickled = pickle.dumps(loaded + loaded)
+    for found in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert (found.groups, found.tokens, found.metadata) == (saved.groups, saved.tokens, saved.metadata)
+        assert all(torch.equal(matrix, saved[key]) for key, matrix in found.items())
+    assert torch.equal(pickle.loads(pickled)["layers.0.q"], 2 * saved["layers.0.q"])
+    _covariances(sizes=(5, 1, 9)).save(tmp_path / "c", overwrite=True)
+    assert torch.equal(copy.deepcopy(loaded)["layers.2.q"], saved["layers.2.q"])
+    with pytest.raises(ValueError, match=r"another file than the one that was open"):
+        pickle.loads(pickled)

@@ -50,7 +50,7 @@ class TestHelp:
             "calibrate": [lora_null.calibrate, token_batches, read_texts],
             "init": [lora_null.initialize, lora_null.initialize_streaming, token_batches, read_texts],
             "export": [export_adapter],
-            "evaluate": [lora_null.evaluate],
+            "evaluate": [lora_null.evaluate, lora_null.load_adapter],
             "inspect": [adapter_report, spectrum_report],
             "report": [write_report],
             "quickstart": [Settings],

@@ -60,6 +60,19 @@ def through(run, folder, model, *flags):
         assert code == 0, err
 
 
+def test_a_merged_model_prepares_images_as_its_base(folder, tokenizer, run):
+    torch.manual_seed(0)
+    config = MODELS["LlavaForConditionalGeneration"]()
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    (folder / "other" / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    through(run, folder, folder / "other")
+    wanted, got = (folder / name / "preprocessor_config.json" for name in ("other", "merged"))
+    assert got.read_text() == wanted.read_text()
+    code, _, err = run("merge", folder / "other", folder / "adapter", folder / "merged", "--overwrite")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_class_is_the_one_that_was_saved(folder, tokenizer, run, name):
     kind = getattr(transformers, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_null
 
@@ -197,6 +197,7 @@ def test_impossible_settings(calibrated_folder, run):
     refused(run, *init, "--dtype", "int8", match="dtype")
     refused(run, "inspect", folder / "cov", "--r", 400, match="expected 1 <= r < 48")
     refused(run, "bench", "--r", 0, match="positive")
+    refused(run, "bench", "--d", 10**7, "--m", 64, match="needed on cpu, .* Choose smaller sizes")
     refused(run, "quickstart", "--steps", 0, "--output", folder / "q", match="steps=0")
     assert not (folder / "out").exists()
 
@@ -210,6 +211,18 @@ def test_adapter_for_another_model(calibrated_folder, run, llama):
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "other")
     merge = ("merge", folder / "other", folder / "adapter", folder / "merged")
     refused(run, *merge, match="other weights")
+    assert run(*merge, "--no-verify-base")[0] == 0
+    init = ("init", folder / "other", folder / "cov", folder / "start", "--r", 4)
+    refused(run, *init, match="other weights")
+    assert run(*init, "--no-verify-base")[0] == 0
+
+
+def test_pickled_weights_are_never_opened(folder, run):
+    weights = folder / "model" / "model.safetensors"
+    torch.save(load_file(weights), folder / "model" / "pytorch_model.bin")
+    weights.unlink()
+    calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--output", folder / "cov")
+    refused(run, *calibrate, match="holds no weights as safetensors; expected model.safetensors")
 
 
 def test_incomplete_checkpoint(folder, run):

@@ -319,7 +319,14 @@ class TestRun:
         known, _ = facts.country_facts()
         data.write_text("\n".join(json.dumps({"text": fact.text}) for fact in known[:120]))
         settings = Settings(
-            model=str(model_folder), data=data, output=tmp_path / "out", r=4, steps=3, batch_size=2, progress=False
+            model=str(model_folder),
+            data=data,
+            output=tmp_path / "out",
+            r=4,
+            steps=3,
+            batch_size=2,
+            progress=False,
+            device_map="cpu",
         )
         results = run(settings)
         outcomes = results["outcomes"]

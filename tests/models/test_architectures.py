@@ -209,7 +209,6 @@ def test_layers_that_calibration_never_called(caplog):
     caplog.clear()
     lora_null.initialize(make("mamba"), covariances, lora_null.LoraNullConfig(r=R), progress=False)
     assert f"2 layers that calibration never called get no adapter: {', '.join(names)}" in caplog.text
-    assert "other weights" not in caplog.text
     wish = lora_null.LoraNullConfig(r=R, target_modules=["dt_proj"])
     with pytest.raises(ValueError, match=r"no entry for 2 of 2 target layers.* or no token reached these layers"):
         lora_null.initialize(make("mamba"), covariances, wish, progress=False)

@@ -16,6 +16,7 @@ from lora_null import factorize
 from lora_null.adapters.layer import adapter_layers
 from lora_null.models.quantised import dequantised, layout_kept
 from lora_null.models.targets import target_linears
+from lora_null.system.log import forget_warnings
 
 
 class FloatLike(torch.Tensor):
@@ -268,3 +269,20 @@ def test_calibration_leaves_the_layout_of_4_bit_weights(llama, token_batches):
     lora_null.calibrate(model, token_batches(), progress=False)
     assert seen and not any(seen)
     assert up_proj.support_avx512bf16_for_cpu
+
+
+def test_that_trainers_want_adapters_of_peft_is_said(llama, calibrated, tmp_path, caplog):
+    model, covariances = calibrated
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.save_adapter(model, tmp_path / "adapter")
+    assert "initialize_lora_null_weights" not in caplog.text
+    for start in (
+        lambda model: lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False),
+        lambda model: lora_null.load_adapter(model, tmp_path / "adapter", is_trainable=True),
+    ):
+        caplog.clear()
+        forget_warnings()
+        other = llama()
+        other.is_quantized = True
+        start(other)
+        assert "transformers.Trainer" in caplog.text and "lora_null.peft.initialize_lora_null_weights" in caplog.text

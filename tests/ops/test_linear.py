@@ -265,11 +265,21 @@ def test_changing_a_saved_tensor_is_noticed():
         ({"lora_A": torch.zeros(2, 7)}, ValueError, r"expected \(r, 8\)"),
         ({"lora_B": torch.zeros(2, 4)}, ValueError, r"expected \(m, r\) = \(4, 2\)"),
         ({"bias": torch.zeros(5)}, ValueError, r"expected \(m,\) = \(4,\)"),
+        ({"bias": [0.0] * 4}, TypeError, r"an operand is a list"),
+        ({"x": torch.zeros(())}, ValueError, r"x is \(\)"),
+        ({"weight": torch.zeros(8)}, ValueError, r"weight is \(8,\); expected a matrix"),
+        ({"weight": torch.zeros(4, 8, dtype=torch.int8)}, TypeError, "autocast"),
+        ({"weight": torch.zeros(4, 8, device="meta")}, ValueError, "weight on meta, .* expected one device"),
+        ({"lora_A": torch.zeros(8)}, ValueError, r"lora_A, or the projection, is \(8,\); expected \(r, d\)"),
+        ({"lora_A": torch.zeros(2, 2, 8)}, ValueError, r"expected \(r, d\)"),
+        ({"lora_B": torch.zeros(4)}, ValueError, r"lora_B is \(4,\)"),
         ({"dropout": 1.0}, ValueError, "probability"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
-def test_errors_say_what_to_do(change, error, text):
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_errors_say_what_to_do(monkeypatch, backend, change, error, text):
+    monkeypatch.setenv("LORA_NULL_LINEAR_BACKEND", backend)
     tensors = {name: t.detach() for name, t in case((3,), 8, 4, 2, torch.float32).items()}
     with pytest.raises(error, match=text):
         ops.lora_linear(**(tensors | change))

@@ -221,7 +221,9 @@ class TestBadInput:
         last.weight.data[0, 0] = float("nan")
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: factorize: .*damaged checkpoint"):
-            lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=False, progress=False)
+            lora_null_peft.initialize_lora_null_weights(
+                model, covariances, freeze_a=False, verify_base=False, progress=False
+            )
         after = model.state_dict()
         assert all(torch.equal(value, after[name]) for name, value in before.items() if not value.isnan().any())
 
@@ -233,15 +235,50 @@ class TestBadInput:
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
     @pytest.mark.parametrize("own", [False, True], ids=["of the plain model", "of the PEFT model"])
-    def test_covariances_of_other_weights_are_noticed(self, llama, covariances, token_batches, caplog, own):
+    def test_covariances_of_other_weights_are_refused(self, llama, covariances, token_batches, own):
         if own:
             covariances = lora_null.calibrate(peft_llama(llama), token_batches(), progress=False)
         some = {"target_modules": ["q_proj"]}
         lora_null_peft.initialize_lora_null_weights(peft_llama(llama, **some), covariances, progress=False)
-        assert "other weights" not in caplog.text
         other = get_peft_model(llama(seed=5), LoraConfig(r=R, **some))
-        lora_null_peft.initialize_lora_null_weights(other, covariances, progress=False)
-        assert "collected on other weights" in caplog.text
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(ValueError, match=r"collected on other weights .* pass verify_base=False"):
+            lora_null_peft.initialize_lora_null_weights(other, covariances, progress=False)
+        assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+        lora_null_peft.initialize_lora_null_weights(other, covariances, verify_base=False, progress=False)
+        assert not any(p.requires_grad for name, p in other.named_parameters() if "lora_A" in name)
+
+    def test_an_adapter_goes_on_with_its_own_base_only(self, llama, covariances, tmp_path):
+        model = peft_llama(llama)
+        lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
+        lora_null_peft.save_adapter(learn(model), tmp_path / "adapter")
+        other = llama(seed=5)
+        names = list(other.state_dict())
+        with pytest.raises(ValueError, match=r"trained on other weights .* verify_base=False"):
+            lora_null_peft.load_trainable(other, tmp_path / "adapter")
+        assert list(other.state_dict()) == names
+        lora_null_peft.load_trainable(other, tmp_path / "adapter", verify_base=False)
+        lora_null_peft.load_trainable(llama(torch.bfloat16), tmp_path / "adapter")
+
+    def test_a_weight_of_two_modules_is_named(self, llama, token_batches, caplog):
+        model = llama(tie_word_embeddings=True)
+        head = lora_null.LoraNullConfig(target_modules=["lm_head"])
+        covariances = lora_null.calibrate(model, token_batches(), head, progress=False)
+        model = get_peft_model(model, LoraConfig(r=R, target_modules=["lm_head"]))
+        lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
+        assert "lm_head shares its weight with another module" in caplog.text
+
+    def test_a_model_with_adapters_of_ours(self, llama, covariances, tmp_path):
+        model = lora_null_peft.initialize_lora_null_weights(peft_llama(llama), covariances, progress=False)
+        lora_null_peft.save_adapter(model, tmp_path / "adapter")
+        own = lora_null.initialize(llama(), covariances, lora_null.LoraNullConfig(r=R), progress=False)
+        with pytest.raises(ValueError, match="14 lora_null adapters already"):
+            lora_null_peft.load_trainable(own, tmp_path / "adapter")
+        with pytest.raises(ValueError, match="no LoRA layer with an adapter named 'default'"):
+            lora_null_peft.save_adapter(own, tmp_path / "other")
+        model = get_peft_model(own, LoraConfig(r=R, target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="14 lora_null adapters already"):
+            lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False)
 
     def test_covariances_of_fewer_layers(self, llama, token_batches):
         few = lora_null.LoraNullConfig(target_modules=["q_proj"])

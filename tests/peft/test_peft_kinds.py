@@ -167,7 +167,9 @@ class TestTheBase:
         model = get_peft_model(model, config(r=40, lora_alpha=4000))
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj would hold NaN or Inf"):
-            lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=False, progress=False)
+            lora_null_peft.initialize_lora_null_weights(
+                model, covariances, freeze_a=False, verify_base=False, progress=False
+            )
         assert unchanged(model, before)
 
 
@@ -298,3 +300,9 @@ def test_the_base_by_the_name_that_was_given(start, llama, tmp_path):
     given = str(Path(tmp_path / "base"))
     lora_null_peft.save_adapter(model, tmp_path / "adapter", base_model_name_or_path=given, overwrite=True)
     assert json.loads(found.read_text())["base_model_name_or_path"] == given
+
+
+def test_a_model_merged_by_peft_is_a_plain_one(start, llama, tmp_path):
+    merged = start(get_peft_model(llama(), config()), freeze_a=False).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert "lora_null" not in (tmp_path / "merged" / "config.json").read_text()

@@ -147,3 +147,31 @@ def test_pefts_conversion_is_refused_instead_of_converting_twice(start, tmp_path
         learn(model).save_pretrained(
             str(tmp_path / "end"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
         )
+
+
+@pytest.mark.parametrize("how", ["by hand", "by hot-swapping"])
+def test_a_scaling_that_the_configuration_does_not_know_is_written(start, llama, tmp_path, how):
+    model = learn(start())
+    if how == "by hand":
+        for layer in lora_null_peft.lora_layers(model).values():
+            layer.set_scale("default", 3.0)
+    else:
+        from peft.utils.hotswap import hotswap_adapter
+
+        learn(start(lora_alpha=5 * R), seed=1).save_pretrained(str(tmp_path / "other"))
+        hotswap_adapter(model, str(tmp_path / "other"), "default")
+    want, base = logits(model), logits(llama())
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert not model.peft_config["default"].alpha_pattern
+    for loaded in (
+        PeftModel.from_pretrained(llama(), str(tmp_path / "saved")),
+        lora_null.load_adapter(llama(), tmp_path / "saved"),
+        lora_null_peft.load_trainable(llama(), tmp_path / "saved"),
+    ):
+        assert (logits(loaded) - want).norm() <= 1e-5 * (want - base).norm()
+
+
+def test_adapters_are_never_pickled(start, tmp_path):
+    with pytest.raises(ValueError, match=r"safe_serialization is False, .* expected safetensors"):
+        start().save_pretrained(str(tmp_path / "saved"), safe_serialization=False)
+    assert not (tmp_path / "saved").exists()
