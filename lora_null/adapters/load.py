@@ -18,6 +18,7 @@ from ..models.refusals import Target, require_finite, require_floating
 from ..models.targets import survey
 from ..models.weights import home_of
 from ..models.wrappers import uncompiled
+from ..solver.pooling import CONVENTIONS, ordinary
 from .basis import BasisFactor, FreeDirections, factor_within
 from .delta import require_shift, unstack
 from .extras import is_trained, keys_of, place_extras, tensors_of
@@ -39,6 +40,7 @@ def load_adapter(
     covariances: Covariances | None = None,
     adapter_dtype: torch.dtype = torch.float32,
     verify_base: bool = True,
+    pooling: str | None = None,
 ) -> nn.Module:
     """Attach a saved LoRA adapter, ours or any plain one in PEFT's format, to the untouched base model in place.
 
@@ -51,6 +53,8 @@ def load_adapter(
             which are solved for again.
         adapter_dtype: Of the factors in memory.
         verify_base: Compare the base weights with the fingerprint saved with the adapter, and that of ``covariances``.
+        pooling: For a QA-LoRA adapter whose ``lora_A`` is ``(r, d / L)`` and whose configuration does not say so: what
+            it reads of each group of ``L`` inputs, ``"mean"``, ``"sum"``, or ``"peft"`` for the mean times ``d / L``.
 
     Returns:
         The same model. Nothing is changed when an error is raised.
@@ -63,7 +67,7 @@ def load_adapter(
     require_floating(adapter_dtype, "adapter_dtype")
     wrapper, base_model, folder = base_model, uncompiled(base_model), Path(path)
     adapter = Adapter.read(folder)
-    factors, state = adapter.factors, adapter.state
+    factors, state = _whole(base_model, adapter.factors, pooling), adapter.state
     targets = _matching(base_model, factors, folder)
     for target in targets.values():
         target.require_whole("load_adapter")
@@ -181,6 +185,32 @@ def _rank(name: str, lora_A: Tensor, lora_B: Tensor, config: LoraNullConfig, sta
     return r if fits else -(-len(lora_A) // parts)
 
 
+def _pooled(lora_A: Tensor, target: Target) -> str:
+    """Return what an ``A`` of fewer inputs may also be."""
+    may = lora_A.shape[1] < target.d and target.d % lora_A.shape[1] == 0
+    return ", or reads pooled inputs (QA-LoRA): then pass pooling='mean' or 'sum'" if may else ""
+
+
+def _whole(
+    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], pooling: str | None
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """Return the factors with an ``A`` of all inputs where it reads pooled ones."""
+    if pooling is None:
+        return factors
+    if pooling not in CONVENTIONS:
+        raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(CONVENTIONS)}, or None.")
+    linears, whole = survey(model).linears, {}
+    for name, (lora_A, lora_B) in factors.items():
+        L, rest = divmod(linears[name].d, lora_A.shape[1]) if name in linears else (1, 0)
+        whole[name] = (lora_A if rest or L == 1 else ordinary(lora_A.float(), L, pooling)), lora_B
+    if all(whole[name][0] is lora_A for name, (lora_A, _) in factors.items()):
+        raise ValueError(
+            f"pooling is {pooling!r}, but no lora_A of the adapter reads a divisor of its layer's inputs. It is no "
+            "QA-LoRA adapter of this model, or is read as one already; leave pooling out."
+        )
+    return whole
+
+
 def _matching(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> dict[str, Target]:
     linears = survey(model).linears
     refuse_adapted(linears)
@@ -202,6 +232,6 @@ def _matching(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], fo
         if (lora_B.shape[0], lora_A.shape[1]) != (target.m, target.d):
             raise ValueError(
                 f"{folder} adapts {name} with d={lora_A.shape[1]}, m={lora_B.shape[0]}, but the layer has "
-                f"d={target.d}, m={target.m}. The adapter belongs to another model."
+                f"d={target.d}, m={target.m}. The adapter belongs to another model{_pooled(lora_A, target)}."
             )
     return {name: target for name, target in linears.items() if name in factors}

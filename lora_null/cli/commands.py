@@ -109,6 +109,9 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
+    pooling: Annotated[
+        str | None, typer.Option(help="Of QA-LoRA whose configuration does not say it: mean, sum or peft.")
+    ] = None,
     *,
     loading: Loading,
     verify_base: VerifyBase = True,
@@ -123,7 +126,7 @@ def merge(
     require_writable(output)
     check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model, loading))
     loaded, tokenizer = load_model(model, loading)
-    folded = fold(load_adapter(loaded, adapter, verify_base=verify_base))
+    folded = fold(load_adapter(loaded, adapter, verify_base=verify_base, pooling=pooling))
     save_merged(folded, tokenizer, output, beside=processor_files(model, loading), overwrite=overwrite)
     typer.echo(f"{output}: merged model.")
 

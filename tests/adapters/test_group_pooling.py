@@ -207,6 +207,30 @@ def test_peft_qa_lora_of_others_is_read_as_the_plain_lora_that_it_is(llama, tmp_
     torch.testing.assert_close(logits(lora_null.merge(loaded)), logits_with(llama(), layers), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("convention", ["mean", "sum"])
+def test_adapters_of_pooled_inputs_that_do_not_say_so_are_read_by_a_word(llama, tmp_path, convention):
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight)
+        layer.lora_A["default"].weight = nn.Parameter(torch.randn(3, layer.in_features // L))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"d=20.*or reads pooled inputs \(QA-LoRA\): then pass pooling="):
+        lora_null.load_adapter(llama(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="pooling is 'max'; expected one of mean, sum, peft"):
+        lora_null.load_adapter(llama(), tmp_path / "adapter", pooling="max")
+    loaded = lora_null.load_adapter(llama(), tmp_path / "adapter", pooling=convention)
+    for layer, ours in zip(layers, adapter_layers(loaded).values(), strict=True):
+        x = torch.randn(5, layer.in_features)
+        pooled = means(x) * (L if convention == "sum" else 1)
+        low_rank = pooled @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
+        want = layer.get_base_layer()(x) + layer.scaling["default"] * low_rank
+        torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-5)
+    lora_null.save_adapter(loaded, tmp_path / "plain")
+    with pytest.raises(ValueError, match="no lora_A of the adapter reads a divisor"):
+        lora_null.load_adapter(llama(), tmp_path / "plain", pooling=convention)
+
+
 def logits_with(model, layers):
     """Logits of a model whose layers of these names give what PEFT's QA-LoRA gives."""
     from peft.tuners.lora.variants import QALoraLinearVariant
@@ -217,6 +241,19 @@ def logits_with(model, layers):
             lambda _, args, y, layer=layer: QALoraLinearVariant.forward(layer, "default", args[0], y)
         )
     return logits(model)
+
+
+def test_a_base_with_integer_zero_points_is_named(llama, calibrated, tmp_path):
+    """As GPTQ has them."""
+    _, covariances = calibrated
+    lora_null.save_adapter(started(llama, covariances), tmp_path / "adapter")
+    model = llama()
+    for block in model.model.layers:
+        block.mlp.up_proj = nn.Module()
+        block.mlp.up_proj.register_buffer("qzeros", torch.zeros(2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"up_proj, which is a Module .*zero points are integers packed into words"):
+        lora_null.load_adapter(model, tmp_path / "adapter")
+    assert not adapter_layers(model)
 
 
 @pytest.mark.parametrize("size", [None, 0, -4, 8.0, "8"])
@@ -256,3 +293,19 @@ def test_a_model_of_no_library_needs_no_weight(llama):
 
     assert is_linear(layer) and not is_dense(layer)
     assert not is_linear(nn.LayerNorm(3)) and not is_linear(types.SimpleNamespace(in_features=3, dequantize=print))
+
+
+def test_the_command_line_and_the_plan_know_groups(calibrated_folder, run, llama, token_batches):
+    words = ("init", calibrated_folder / "model", calibrated_folder / "cov", calibrated_folder / "adapter", "--r", 3)
+    code, _, error = run(*words, "--group-pooling", 7)
+    assert code == 2 and "group_pooling=7 does not divide d=48" in error
+    code, _, error = run(*words, "--group-pooling", "auto")
+    assert code == 2 and "Give the number" in error
+    code, _, error = run(*words, "--group-pooling", L)
+    assert code == 0, error
+    loaded = lora_null.load_adapter(llama(), calibrated_folder / "adapter")
+    assert loaded.lora_null_state.config.group_pooling == L
+    assert all(is_even(layer.lora_A.weight) for layer in adapter_layers(loaded).values())
+    config = LoraNullConfig(r=3, train="b_in_basis", group_pooling=L)
+    plan = lora_null.memory_plan(llama(), token_batches()[0], config)
+    assert all(size in str(plan.later) for size in ("(12, 6)", "(20, 10)"))

@@ -176,6 +176,35 @@ def test_the_whole_way(quantise, llama, token_batches, tmp_path):
     assert set(merged.state_dict()) == set(base().state_dict())
 
 
+def test_what_rounding_takes_is_said(caplog):
+    torch.manual_seed(1)
+    for dtype, size in ((torch.bfloat16, 1e-3), (torch.bfloat16, 1.0), (torch.float32, 1e-3)):
+        layer = put(imitated(nn.Linear(64, 12), 4, 16, dtype), 16, scaling=size)
+        caplog.clear()
+        lora_null.merge(nn.Sequential(layer))
+        said = "Rounding the zero points to torch.bfloat16 changes the adapter of 0 by" in caplog.text
+        assert said == ((dtype, size) == (torch.bfloat16, 1e-3))
+
+
+def test_zero_points_of_tinygemm_are_added():
+    """torchao's packed int4, which cannot be trained on a CPU and takes adapters that were trained elsewhere."""
+    int4 = pytest.importorskip("torchao.prototype.quantization.int4")
+    torch.manual_seed(0)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        linear = nn.Linear(128, 32, bias=False, dtype=dtype)
+        linear.weight = nn.Parameter(
+            int4.Int4OpaqueTensor.from_hp(linear.weight.detach(), [1, 32]), requires_grad=False
+        )
+        before, x = linear.weight.qdata.clone(), torch.randn(5, 128, dtype=dtype)
+        layer = put(linear, 32, scaling=10.0)
+        with torch.no_grad():
+            adapted = layer(x)
+            assert (adapted - nn.Linear.forward(linear, x)).norm() > 0.1 * adapted.norm()
+            lora_null.merge(nn.Sequential(layer))
+            assert torch.equal(linear.weight.qdata, before)
+            assert (linear(x) - adapted).norm() <= bound * adapted.norm()
+
+
 def test_an_adapter_that_reads_inputs_apart_is_refused_and_nothing_changes():
     torch.manual_seed(0)
     holder = nn.Sequential(imitated(nn.Linear(16, 4)), imitated(nn.Linear(16, 4)))
