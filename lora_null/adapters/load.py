@@ -225,6 +225,12 @@ def _matching(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], fo
                 )
             module = dict(model.named_modules()).get(name)
             kind = "no module" if module is None else f"a {type(module).__name__}"
+            if hasattr(module, "qzeros"):
+                raise ValueError(
+                    f"{folder} adapts {name}, which is {kind} in this {type(model).__name__}: its zero points are "
+                    "integers packed into words, as GPTQ and AWQ have them, which take no fraction. Merge into "
+                    "a base with zero points in floating point (HQQ, torchao), or load it with PEFT and keep it apart."
+                )
             raise ValueError(
                 f"{folder} adapts {name}, which is {kind} in this {type(model).__name__}; expected a linear layer. The "
                 "adapter belongs to another model."

@@ -3,6 +3,9 @@
 Of ``d`` inputs the ``i``-th group holds those from ``i L`` to ``i L + L - 1``, as quantised weights group them. An
 adapter that reads the mean of each group is an ordinary one whose ``A`` has equal entries in a group. Such rows are
 spanned by ``Q (d, d / L)``, whose columns are a group each and of length 1: ``Q^T x`` is ``sqrt(L)`` times the means.
+
+So layers hold A whole, and pooling is a part of the product ``x A^T`` that they make anyway, once for q, k and v. At
+T = 512, d = 2048, r = 16 that costs 0.5 % of the base's product in bf16, and pooling 32 inputs first costs 0.7 %.
 """
 
 from __future__ import annotations
