@@ -84,9 +84,9 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def plan_directions(seen: Probe, dtype: torch.dtype) -> tuple[Item, ...]:
+def plan_directions(seen: Probe, dtype: torch.dtype, group_pooling: int = 1) -> tuple[Item, ...]:
     """Plan for the free directions in training: at most half of all in each group, or else the others are kept."""
-    counts = Counter((shape.device, shape.d) for shape in seen.inputs.values())
+    counts = Counter((shape.device, shape.d // group_pooling) for shape in seen.inputs.values())
     name = str(dtype).removeprefix("torch.")
     return tuple(
         Item(

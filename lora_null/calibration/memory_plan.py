@@ -78,7 +78,9 @@ def memory_plan(
         plan, seen = plan_for(job, [first], tokens=tokens or first.positions)
     if config.train != "b_in_basis":
         return plan
-    return replace(plan, later=plan_directions(seen, getattr(torch, config.basis_dtype)))
+    # "auto" is known with the covariances only; unpooled, the directions take no less.
+    pooling = config.group_pooling if isinstance(config.group_pooling, int) else 1
+    return replace(plan, later=plan_directions(seen, getattr(torch, config.basis_dtype), pooling))
 
 
 def plan_for(job: Job, batches: Sequence[Batch], *, tokens: int) -> tuple[MemoryPlan, Probe]:
