@@ -2,7 +2,7 @@
 
 A figure stands between ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. ``NAME`` is a question, for
 instance ``null-space`` (measured on a CPU) or ``linear-gpu``; ``headline`` or ``headline-gpu``; ``growth``;
-``predictions``; ``plots``; ``kept``, ``kept-best`` (:mod:`benchmarks.kept`); ``retention``; or ``bayes``.
+``predictions``; ``plots``; ``kept``, ``kept-best`` (:mod:`benchmarks.kept`); ``retention``; ``row``; or ``bayes``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .harness import Question, UsageError
 from .questions import registry
 from .questions.growth import fitted_exponent, joined
 from .retention import __main__ as retention
-from .retention import fronts
+from .retention import fronts, row
 
 MARKER = re.compile(r"(<!-- figures:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /figures:(?P=name) -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- figures:([\w-]+) -->")
@@ -141,6 +141,13 @@ def figure(name: str, entries: list[dict]) -> str:
     if plain == "retention":
         found = retention.read(retention.RESULTS)
         return fronts.table(found) or UNMEASURED.format(device="result", command="python -m benchmarks.retention")
+    if plain == "row":
+        found = retention.read(row.RESULTS)
+        return (
+            row.table(found)
+            if found
+            else UNMEASURED.format(device="result", command="python -m benchmarks.retention.row")
+        )
     if plain == "bayes":
         text = tables.table(retention.read(bayes.RESULTS))
         return text or UNMEASURED.format(device="result", command="python -m benchmarks.bayes")
@@ -153,7 +160,7 @@ def figure(name: str, entries: list[dict]) -> str:
         return growth_table(entries, gpu)
     if plain in registry():
         return question_table(entries, registry()[plain], gpu)
-    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best", "retention", "bayes"]
+    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best", "retention", "row", "bayes"]
     known += [*registry(), *(f"{q}-gpu" for q in registry())]
     raise UsageError(f"there is no figure {name!r}; known are: {', '.join(known)}")
 

@@ -53,7 +53,7 @@ class Data:
 
     Attributes:
         calibration: Padded batches of the text to be kept: facts, and questions with their answers.
-        bare: The same questions without facts and answers, as the published calibration has them.
+        bare: The same questions without facts and answers, as the published calibration has them; empty without a file.
         facts: Held-out country facts, reworded.
         facts_same: The same facts in the words of the calibration.
         knowledge: Held-out questions of the knowledge file with their answers; empty without a file.
@@ -112,7 +112,7 @@ def gather(
         )
     return Data(
         calibration=token_batches(tokenizer, texts, batch_size=32),
-        bare=token_batches(tokenizer, [pair.question for pair in learn], batch_size=32),
+        bare=token_batches(tokenizer, [pair.question for pair in learn], batch_size=32) if learn else [],
         facts=[_question(tokenizer, reworded[index]) for index in asked],
         facts_same=[_question(tokenizer, held_out[index]) for index in asked],
         knowledge=[Document(*encode_pair(tokenizer, pair.prompt, pair.completion)) for pair in ask[:items]],

