@@ -62,6 +62,21 @@ def linear_rows() -> list[tuple[str, ...]]:
     return rows
 
 
+def sample_rows(samples: int = 4, T: int = 8192) -> list[tuple[str, ...]]:
+    """Return what samples of a square layer on one input cost beside one forward of it: passes over outputs decide.
+
+    As it is, the output is copied for each sample, and a product adds to the copies: four passes a sample. At least,
+    each sample's output is written once.
+    """
+    rows: list[tuple[str, ...]] = [("accelerator", "d", f"{samples} samples / forward", "at least")]
+    for it in accelerators():
+        for d in (2048, 4096, 8192):
+            base, one = 2 * T * d * d / it.bf16_flops_per_s, T * d * 2 / it.bytes_per_s
+            ratios = ((base + passes * one) / base for passes in (4 * samples, samples))
+            rows.append((it.name, str(d), *(f"{ratio:.2f}x" for ratio in ratios)))
+    return rows
+
+
 def task_rows() -> list[tuple[str, ...]]:
     """Return the least times of the suite's tasks on each accelerator."""
     shape = shapes()["llama-3-8b"]
@@ -108,6 +123,8 @@ def text() -> str:
         f"{sources}\n\n"
         "Forward and backward of a square adapted layer in bf16, T = 8192, small r:\n\n"
         f"{markdown(linear_rows())}\n\n"
+        "Four samples of such a layer on one input, forward, beside one forward of it:\n\n"
+        f"{markdown(sample_rows())}\n\n"
         "Least times if every operation ran at the assumed rate; no program reaches them:\n\n"
         f"{markdown(task_rows())}"
     )

@@ -186,6 +186,29 @@ def test_a_checkpoint_goes_on_and_is_exported_as_the_mean(kind, method, llama, t
             torch.testing.assert_close(exported[key], wanted[key])
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:.*invalid shape")  # PEFT takes a vector for a part of a sharded matrix
+def test_a_checkpoint_of_peft_goes_on_in_peft_and_is_the_mean_to_other_readers(method, llama, tmp_path):
+    from peft import PeftModel
+
+    def fresh():
+        model = ready(with_peft(llama()))
+        METHODS[method](model)
+        return model
+
+    model, other, ids = learn(fresh()), fresh(), labelled_batches()[0]["input_ids"]
+    model.save_pretrained(tmp_path)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    outputs = []
+    for one in (model, other.train()):
+        torch.manual_seed(0)
+        outputs.append(one(ids).logits)
+    assert torch.equal(*outputs)
+    with torch.no_grad():
+        reader = PeftModel.from_pretrained(llama(), tmp_path)
+        torch.testing.assert_close(reader(ids).logits, model.eval()(ids).logits)
+
+
 def test_a_copy_of_a_model_is_collected_by_itself(llama, token_batches):
     model = ready(adapted("frozen", llama, token_batches))
     blob(model)

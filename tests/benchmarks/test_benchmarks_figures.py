@@ -82,6 +82,8 @@ def test_predictions_are_labelled_and_agree_with_the_roofline():
     products, pass_ = 4 * 8192 * 4096**2 / 700e12, 2 * 8192 * 4096 / 4.8e12
     assert rows["NVIDIA H200", "4096"][0] == f"{(products + 16 * pass_) / products:.2f}x" == "1.28x"
     assert rows["NVIDIA H200", "4096"][1] == f"{(products + 8 * pass_) / products:.2f}x" == "1.14x"
+    samples = {row[:2]: row[2:] for row in predictions.sample_rows()[1:]}
+    assert samples["NVIDIA H200", "4096"][1] == f"{(products / 2 + 4 * pass_) / (products / 2):.2f}x" == "1.14x"
 
 
 def test_exponents_are_fitted():
