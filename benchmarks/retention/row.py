@@ -149,7 +149,9 @@ class Row:
         """Return the model with an adapter, and what merges it."""
         if method.config is not None:
             config = self.config(method.config, seed)
-            return lora_null.initialize(model, covariances, config, progress=False), lora_null.merge
+            # Those that are never updated are of the weights before the first task.
+            options = {"verify_base": method.updated, "progress": False}
+            return lora_null.initialize(model, covariances, config, **options), lora_null.merge
         from peft import LoraConfig, get_peft_model
 
         r = self.sizes.r
