@@ -150,8 +150,8 @@ class Row:
         if method.config is not None:
             config = self.config(method.config, seed)
             # Those that are never updated are of the weights before the first task.
-            options = {"verify_base": method.updated, "progress": False}
-            return lora_null.initialize(model, covariances, config, **options), lora_null.merge
+            model = lora_null.initialize(model, covariances, config, verify_base=method.updated, progress=False)
+            return model, lora_null.merge
         from peft import LoraConfig, get_peft_model
 
         r = self.sizes.r
