@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*)
 
-.PHONY: quickstart test test-peers style bench bench-gpu figures docs release test-matrix clean
+.PHONY: quickstart test test-kernels test-peers style bench bench-gpu gpu figures docs release test-matrix clean
 
 # The main job on a real model: calibrate, initialise, fine-tune, compare with LoRA, save, reload.
 quickstart: $(VENV)/.installed
@@ -14,6 +14,13 @@ quickstart: $(VENV)/.installed
 # for each core, each with one thread of torch: half of the tests wait for processes or compilers of their own.
 test: style
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# Every kernel and configuration, compiled for three architectures; with another Triton in a folder of its own.
+TRITON ?=
+OTHER := $(if $(TRITON),build/triton-$(TRITON))
+test-kernels: $(VENV)/.installed
+	$(if $(TRITON),test -d $(OTHER) || $(BIN)/pip install -q --no-deps --target $(OTHER) triton==$(TRITON))
+	PYTHONPATH=$(OTHER) $(BIN)/python tests/kernels/matrix.py $(ARGS)
 
 # PEFT's own LoRA tests, fetched with pip, with and without the fused forward; fails on any that fails only when fused.
 test-peers: $(VENV)/.installed
@@ -31,9 +38,18 @@ style: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --device cpu --minutes 9 $(ARGS)
 
+# On a machine with a GPU nothing is installed or fetched: the environment that is there, .venv or another.
+HERE := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
 # The same on one GPU, most valuable questions first, at most nine minutes; each result is kept as it is known.
-bench-gpu: $(VENV)/.installed
-	$(BIN)/python -m benchmarks --device cuda --minutes 8 $(ARGS)
+bench-gpu:
+	$(HERE) -m benchmarks.gpu --prepare
+	$(HERE) -m benchmarks --device cuda --minutes 8 $(ARGS)
+
+# The first half hour on a new card: tests, comparisons, tuning, peers, one table. A second call goes on.
+MINUTES ?= 28
+gpu:
+	$(HERE) -m benchmarks.gpu --minutes $(MINUTES) $(if $(DRY),--dry) $(ARGS)
 
 # Plots and the README's figures from the recorded results.
 figures: $(VENV)/.installed

@@ -10,6 +10,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <map>
+#include <mutex>
 
 namespace lora_null {
 namespace {
@@ -60,7 +64,18 @@ Tensor folded(const Tensor& lora_B, const Tensor& mixing) {
 Tensor up(const Tensor& x, const Tensor& weight, const Tensor& S, const Tensor& lora_B, const OptionalTensor& bias,
           const OptionalTensor& mixing, double scaling) {
   const Tensor B = folded(lora_B, mixing.value_or(Tensor())).to(x.scalar_type());
+  // The large product first, and as torch does it: with B = 0, y has the bits of the layer without an adapter.
   return at::linear(x, weight, bias).addmm_(S, B.t(), 1, scaling);
+}
+
+// Whether a large product may accumulate at no cost. Those of oneDNN in bf16 take 1 to 6 % longer for it (2-core EPYC).
+bool accumulates(const Tensor& x) {
+  return x.is_cuda() || x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+}
+
+// dx = dy W + dS A. Where that is free, the small product comes first: the large one reads it while it multiplies.
+Tensor gradient_of_x(const Tensor& dy, const Tensor& weight, const Tensor& dS, const Tensor& A) {
+  return accumulates(dy) ? at::mm(dS, A).addmm_(dy, weight) : at::mm(dy, weight).addmm_(dS, A);
 }
 
 // dS = s dy B M
@@ -104,6 +119,52 @@ variable_list once(variable_list gradients, const variable_list& saved, const va
     if (tensor.defined()) tensor = guarded[next++];
   }
   return gradients;
+}
+
+using Node = torch::autograd::Node;
+using NodePtr = decltype(torch::autograd::Edge::function);  // shared, or intrusive from torch 2.13 on
+
+template <typename T>
+std::weak_ptr<T> weak(const std::shared_ptr<T>& node) {
+  return node;
+}
+
+template <typename T>
+c10::weak_intrusive_ptr<T> weak(const c10::intrusive_ptr<T>& node) {
+  return c10::weak_intrusive_ptr<T>(node);
+}
+
+// dx so far of layers that read one x through one projection, by the node that projected and the backward at work.
+// Their products accumulate into one tensor, where autograd would keep one for each layer and add them up: for q, k
+// and v, 7 passes over (T, d) instead of 11, and none outside of a product.
+class SharedGradients {
+ public:
+  void add(const NodePtr& projector, const Tensor& dy, const Tensor& weight) {
+    Tensor dx = take(projector.get());
+    dx = dx.defined() ? dx.addmm_(dy, weight) : at::mm(dy, weight);
+    std::lock_guard<std::mutex> lock(mutex_);
+    // What a backward that failed has left goes with its graph.
+    for (auto it = entries_.begin(); it != entries_.end();) it = it->second.first.expired() ? entries_.erase(it) : ++it;
+    entries_.insert_or_assign(key(projector.get()), std::make_pair(weak(projector), dx));
+  }
+
+  Tensor take(const Node* projector) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = entries_.extract(key(projector));
+    return found.empty() ? Tensor() : found.mapped().second;
+  }
+
+ private:
+  using Key = std::pair<const Node*, int64_t>;
+  static Key key(const Node* projector) { return {projector, torch::autograd::get_current_graph_task_id()}; }
+
+  std::mutex mutex_;
+  std::map<Key, std::pair<decltype(weak(std::declval<NodePtr>())), Tensor>> entries_;
+};
+
+SharedGradients& shared_gradients() {
+  static auto* const gradients = new SharedGradients;  // never destroyed: its tensors may outlive their allocators
+  return *gradients;
 }
 
 std::pair<Tensor, Tensor> project_and_apply(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
@@ -161,7 +222,10 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
       Tensor dS = gradient_of_S(dy, lora_B, mixing, scaling);
       if (dS_elsewhere.defined()) dS.add_(rows(dS_elsewhere));
       if (weight.defined()) {
-        gradients[0] = unrows(at::mm(dy, weight).addmm_(dS, lora_A.to(dS.scalar_type())), leading);
+        const Tensor A = lora_A.to(dS.scalar_type());
+        Tensor dx = shared_gradients().take(torch::autograd::get_current_node().get());
+        dx = dx.defined() ? dx.addmm_(dS, A).addmm_(dy, weight) : gradient_of_x(dy, weight, dS, A);
+        gradients[0] = unrows(dx, leading);
       }
       if (x.defined()) gradients[2] = mm_fp32(dS.t(), rows(x), 1);
     }
@@ -169,6 +233,9 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     if (has_dy && ctx->saved_data["bias"].toBool()) gradients[4] = dy.sum(0);
   }
 };
+
+// The node that made the projection of the layer at work, if it will run in this backward and from the same x.
+NodePtr projector();
 
 struct LoraUpLinear : torch::autograd::Function<LoraUpLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& projected,
@@ -195,12 +262,27 @@ struct LoraUpLinear : torch::autograd::Function<LoraUpLinear> {
     const Tensor &weight = saved[0], &projected = saved[1], &lora_B = saved[2], &mixing = saved[3];
     const double scaling = ctx->saved_data["scaling"].toDouble();
     const Tensor dy = rows(dy_of_y);
-    if (weight.defined()) gradients[0] = unrows(at::mm(dy, weight), lead(dy_of_y));
+    if (weight.defined() && ctx->needs_input_grad(0)) {
+      if (const auto other = accumulates(dy) ? projector() : nullptr) {
+        shared_gradients().add(other, dy, weight);
+      } else {
+        gradients[0] = unrows(at::mm(dy, weight), lead(dy_of_y));
+      }
+    }
     if (lora_B.defined()) gradients[2] = unrows(gradient_of_S(dy, lora_B, mixing, scaling), lead(dy_of_y));
     if (projected.defined()) gradients[3] = gradient_of_B(dy, rows(projected), mixing, scaling);
     if (ctx->saved_data["bias"].toBool()) gradients[4] = dy.sum(0);
   }
 };
+
+NodePtr projector() {
+  const auto node = torch::autograd::get_current_node();
+  if (!node || !node->task_should_compute_output(2)) return nullptr;
+  const auto& x = node->next_edge(0);
+  const auto& projected = node->next_edge(2);
+  const auto* other = dynamic_cast<torch::autograd::CppNode<LoraLinear>*>(projected.function.get());
+  return other != nullptr && other->next_edge(0) == x ? projected.function : nullptr;
+}
 
 template <typename... Tensors>
 bool tracked(const OptionalTensor& bias, const Tensors&... tensors) {

@@ -1,7 +1,8 @@
 // The adapted linear on the vendor's GEMMs, forward and backward without Python between the products.
 //
-// The same products in the same order as lora_null/ops/vendor.py, so with the same bits; what goes away is the time of
-// the interpreter, which exceeds that of the products where there are few tokens or the GPU is fast.
+// The same products in the same order as lora_null/ops/vendor.py, so with the same bits (but dx of layers that share a
+// projection, a sum that autograd makes there); what goes away is the time of the interpreter, which exceeds that of
+// the products where there are few tokens or the GPU is fast.
 #pragma once
 
 #include <ATen/core/Tensor.h>

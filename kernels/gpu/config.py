@@ -1,4 +1,4 @@
-"""Launch configurations and backend choices as data, one JSON file per architecture.
+"""Launch configurations and backend choices as data: a JSON file per architecture, tuned ones per card.
 
 A file maps a kernel's name and the element size of its operands to a list of entries. An entry's ``when``
 holds bounds on the sizes of a call (``d_max``, ``T_min``, ``r_max``, ...); the first entry whose bounds all
@@ -8,6 +8,7 @@ lora_null.ops.tune`` measures and rewrites the data.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = [
     "SyrkConfig",
     "architecture",
     "backend",
+    "family",
     "forced",
     "launch_config",
     "matches",
@@ -123,24 +125,37 @@ C = TypeVar("C", bound=Config)
 
 
 def architecture(device: torch.device | str) -> str:
-    """Return the name under which the data of ``device`` is kept: ``sm_90``, ``gfx942``, or ``cpu``."""
+    """Return the name under which the data of ``device`` is kept, card included: ``sm_90 NVIDIA H200``, or ``cpu``."""
     device = torch.device(device)
     if device.type != "cuda":
         return "cpu"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _cuda_architecture(index: int) -> str:
+def _architecture(index: int) -> str:
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return f"{torch.cuda.get_device_properties(index).gcnArchName.split(':')[0]} {name}"
     major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor} {name}"
+
+
+def family(arch: str) -> str:
+    """Return the architecture without the card: ``sm_90`` or ``gfx942``."""
+    return arch.partition(" ")[0]
 
 
 def tuned_path(arch: str) -> Path:
     """Return where the tuning command keeps its result for ``arch``: below ``LORA_NULL_CACHE``."""
-    return cache_folder() / "kernels" / f"{arch}.json"
+    return cache_folder() / "kernels" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', arch)}.json"
+
+
+def _tuned(arch: str) -> Path | None:
+    """Return the tuned data of this card, else those of another of its family: they differ in clocks and memory."""
+    own = tuned_path(arch)
+    others = sorted(own.parent.glob(f"{family(arch)}[_.]*json"))
+    return own if own.exists() else others[0] if others else None
 
 
 def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +178,8 @@ def shipped(arch: str) -> dict[str, Any]:
     memory and uses no descriptors.
     """
     default = json.loads((FOLDER / "default.json").read_text())
-    path = FOLDER / f"{default['aliases'].get(arch, arch)}.json"
+    name = family(arch)
+    path = FOLDER / f"{default['aliases'].get(name, name)}.json"
     return _overlaid(default, json.loads(path.read_text())) if path.exists() else default
 
 
@@ -171,10 +187,11 @@ def shipped(arch: str) -> dict[str, Any]:
 def table(arch: str) -> dict[str, Any]:
     """Return the data of ``arch``: the package's, overlaid with what the tuning commands measured here.
 
-    Read once per process; ``save_tuned`` makes the next call read again.
+    Measured on this card, or else on another of its architecture: a guess that is better than none. Read once per
+    process; ``save_tuned`` makes the next call read again.
     """
-    path = tuned_path(arch)
-    return _overlaid(shipped(arch), json.loads(path.read_text())) if path.exists() else shipped(arch)
+    path = _tuned(arch)
+    return shipped(arch) if path is None else _overlaid(shipped(arch), json.loads(path.read_text()))
 
 
 def save_tuned(arch: str, over: dict[str, Any]) -> Path:

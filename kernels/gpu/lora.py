@@ -116,7 +116,9 @@ def _project_rows(x: Tensor, factor: Tensor, scaling: float, dropout: float, see
     out = _empty(x, T, R)
     if T == 0:
         return out
-    c = config.launch_config(config.ProjectConfig, x.dtype, config.architecture(x.device), T=T, d=K, r=R)
+    aligned, arch = int(runtime.aligned(x)), config.architecture(x.device)
+    sizes = {"T": T, "d": K, "r": R, "aligned": aligned, "dropout": int(dropout > 0)}
+    c = config.launch_config(config.ProjectConfig, x.dtype, arch, tma=False, **sizes)
     block_n = min(padded(R), c.BLOCK_N)
     tiles = cdiv(T, c.BLOCK_T) * cdiv(R, block_n)
     splits = splits_for(tiles, cdiv(K, c.BLOCK_K), c.SLICE_STEPS, x.device)
@@ -142,7 +144,9 @@ def _accumulate_outer(y: Tensor, S: Tensor, scaling: float, transposed: bool, dr
     out = _empty(y, *shape, dtype=torch.float32)
     if T == 0:
         return out.zero_()
-    c = config.launch_config(config.OuterConfig, y.dtype, config.architecture(y.device), T=T, d=N, r=R)
+    aligned, arch = int(runtime.aligned(y)), config.architecture(y.device)
+    sizes = {"T": T, "d": N, "r": R, "aligned": aligned, "dropout": int(dropout > 0)}
+    c = config.launch_config(config.OuterConfig, y.dtype, arch, tma=False, **sizes)
     block_r = min(padded(R), c.BLOCK_R)
     tiles = cdiv(N, c.BLOCK_N) * cdiv(R, block_r)
     splits = splits_for(tiles, cdiv(T, c.BLOCK_T), c.SLICE_STEPS, y.device)

@@ -163,8 +163,12 @@ def outer_kernel(
     r0 = tl.program_id(0) % tiles_r * BLOCK_R
     split = tl.program_id(1)
     chunk = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, T)
+    # no part is empty (runtime.splits_for): a loop that may not run at all makes ptxas wait after every wgmma
+    tl.assume(begin < end)
     acc = outer_tile(
-        y_ptr, s_ptr, n0, r0, split * chunk, tl.minimum((split + 1) * chunk, T), N, R,
+        y_ptr, s_ptr, n0, r0, begin, end, N, R,
         stride_yt, stride_st, key0, key1, threshold,
         BLOCK_T, BLOCK_N, BLOCK_R, EVEN_N, DROPOUT, PRECISION,
     )  # fmt: skip

@@ -82,6 +82,8 @@ def syrk_kernel(
     chunk = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
     begin = split * chunk
     end = tl.minimum(begin + chunk, T)
+    # no part is empty (runtime.splits_for): a loop that may not run at all makes ptxas wait after every wgmma
+    tl.assume(begin < end)
     t = tl.arange(0, BLOCK_T)
     # read transposed: a tl.trans between load and dot keeps the load out of the pipeline on sm_80
     left_ptrs = x_ptr + begin.to(tl.int64) * stride_xt + (t[None, :] * stride_xt + rows)

@@ -2,9 +2,9 @@
 
 The command is ``python -m lora_null.ops.tune``, which then measures where these kernels beat the vendor's.
 
-Every candidate runs on the sizes of ``SIZES``; one that does not compile, does not fit, or whose results are not as
-good as torch's is passed over. The winners, with bounds halfway (geometrically) between the sizes, stand in front of
-the shipped entries, which stay for what the winners do not cover.
+Every candidate runs on the sizes of ``SIZES``, and with dropout where the kernel applies a mask; one that does not
+compile, does not fit, or whose results are not as good as torch's is passed over. The winners, with bounds halfway
+(geometrically) between the sizes, stand in front of the shipped entries, which stay for what the winners do not cover.
 """
 
 import logging
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, product
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import config, lora, runtime, syrk
 
-__all__ = ["SIZES", "Workload", "candidates", "compile_ahead", "measure", "verifier"]
+__all__ = ["SIZES", "Workload", "candidates", "compile_ahead", "graph_ms", "measure", "verifier"]
 
 logger = logging.getLogger("lora_null")
 
@@ -35,6 +36,8 @@ SIZES = {
 }
 TOKENS = 8192
 WIDTH = 4096
+# Timed without and with it: the mask costs registers, and another tile may win.
+DROPOUT = {"linear": (0.0, 0.1), "project": (0.0, 0.1), "outer": (0.0, 0.1)}
 # sides (M, N), steps, stages, warps, programs on a multiprocessor. A 128 x 128 tile asks 64 bytes of the L2 cache
 # per cycle and multiprocessor at full rate, a 128 x 256 one 48, an H100 delivers about half of that: the large
 # tiles come first. Two small ones on a multiprocessor hide each other's beginning and end.
@@ -56,7 +59,7 @@ def candidates(kernel: str, dtype: torch.dtype, arch: str, size: int) -> Iterato
         yield {name: value for name, value in entry.items() if name != "when"}
     if bits == "32":
         return
-    tma = arch in ("sm_90", "sm_100", "sm_103")
+    tma = config.family(arch) in ("sm_90", "sm_100", "sm_103")
     if kernel in ("syrk", "linear"):
         tiles = [(*tile[:5], {"TMA": True, "OCCUPANCY": tile[5]}) for tile in _TMA_TILES * tma]
         tiles += [(*tile, {}) for tile in _POINTER_TILES[: 3 if tma else None]]
@@ -104,8 +107,16 @@ class Workload:
     plain: Callable[[torch.dtype], tuple[Tensor, ...]]
 
 
-def workload(kernel: str, size: int, dtype: torch.dtype, device: str) -> Workload:
+def workload(kernel: str, size: int, dtype: torch.dtype, device: str, dropout: float = 0.0) -> Workload:
     """Return ``kernel`` at ``size`` (of what ``SIZES`` names) on random activations."""
+    drop: dict[str, Any] = {"dropout": dropout, "seed": 1} if dropout else {}
+
+    def kept(like: Tensor) -> Tensor | float:
+        """Return what the kernels multiply by under dropout, in the type of ``like``."""
+        if not dropout:
+            return 1.0
+        T, d = like.shape
+        return lora.keep_mask(T, d, dropout=dropout, seed=1, device=device).to(like.dtype) / (1.0 - dropout)
 
     def normal(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=device).mul_(columns**-0.5).to(dtype)
@@ -129,16 +140,16 @@ def workload(kernel: str, size: int, dtype: torch.dtype, device: str) -> Workloa
         x, weight, S, A = normal(size, WIDTH), normal(WIDTH, WIDTH), normal(size, 64), normal(64, WIDTH)
         B = A.t().contiguous()
         return same(
-            lambda: (lora.forward(x, weight, S, B, scaling=1.0), lora.backward_dx(x, weight, S, A)),
-            lambda x, w, s, b, a: (x @ w.t() + s @ b.t(), x @ w + s @ a),
+            lambda: (lora.forward(x, weight, S, B, scaling=1.0), lora.backward_dx(x, weight, S, A, **drop)),
+            lambda x, w, s, b, a: (x @ w.t() + s @ b.t(), x @ w + kept(x) * (s @ a)),
             x, weight, S, B, A,
         )  # fmt: skip
     x, A = normal(TOKENS, WIDTH), normal(size, WIDTH)
     S, B = normal(TOKENS, size), normal(WIDTH, size)
     if kernel == "project":
-        return same(lambda: (lora.project(x, A),), lambda x, a: (x @ a.t(),), x, A)
+        return same(lambda: (lora.project(x, A, **drop),), lambda x, a: ((kept(x) * x) @ a.t(),), x, A)
     if kernel == "outer":
-        return same(lambda: (lora.backward_dA(S, x),), lambda s, x: (s.t() @ x,), S, x)
+        return same(lambda: (lora.backward_dA(S, x, **drop),), lambda s, x: (s.t() @ (kept(x) * x),), S, x)
     return same(
         lambda: lora.backward_dy(x, S, B, scaling=1.0),
         lambda x, s, b: (x @ b, x.t() @ s),
@@ -165,6 +176,31 @@ def verifier(work: Workload, dtype: torch.dtype) -> Callable[[], None]:
                 raise ArithmeticError(f"relative error {found:.3g}, at most {most:.3g} is right")
 
     return verify
+
+
+def graph_ms(call: Callable[[], object], samples: int = 15) -> float:
+    """Return the median time of ``call`` on the device, in ms, replayed as a CUDA graph: no launch gap counts.
+
+    The L2 cache is overwritten before each sample, as other layers do between two calls of one.
+    """
+    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            call()
+    current.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    cache = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
+    for start, end in pairs:
+        cache.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in pairs)
 
 
 def compile_ahead(kernel: str, entries: Sequence[dict[str, Any]], call: Callable[[], object]) -> None:
@@ -203,6 +239,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield, after every size of every kernel, a table overlay with the fastest candidates known for that kernel.
 
+    A size at which no candidate runs is passed over with a warning; the entry of the next one serves it.
+
     Args:
         kernels: Keys of ``SIZES``.
         dtype: Of the operands.
@@ -217,11 +255,13 @@ def measure(
     for kernel in kernels:
         name, sizes = SIZES[kernel]
         winners: list[dict[str, Any]] = []
-        for size in sizes:
+        dropouts = DROPOUT.get(kernel, (0.0,))
+        for (size, bound), dropout in product(zip(sizes, bounds(name, sizes), strict=True), dropouts):
+            where = f"{kernel} {name}={size}" + (" with dropout" if dropout else "")
             if time.monotonic() > deadline:
-                logger.warning("out of time before %s at %s=%d", kernel, name, size)
+                logger.warning("out of time before %s", where)
                 return
-            work = workload(kernel, size, dtype, device)
+            work = workload(kernel, size, dtype, device, dropout)
             entries = [*{str(entry): entry for entry in candidates(kernel, dtype, arch, size)}.values()]
             verify = verified(work, dtype)
             prepare(kernel, entries, work.call)
@@ -239,14 +279,12 @@ def measure(
                 if spent < least:
                     best, least = entry, spent
             if best is None:
-                raise RuntimeError(f"no configuration of {kernel} ran at {name}={size} on {arch}")
-            logger.info("%s %s=%d: %.4f ms with %s", kernel, name, size, least, best)
-            winners.append(best)
-            tuned = [
-                {"when": {**bound, "aligned_min": 1}, **winner}
-                for winner, bound in zip(winners, bounds(name, sizes), strict=False)
-            ]
-            yield {"kernels": {kernel: {bits: tuned + config.shipped(arch)["kernels"][kernel][bits]}}}
+                logger.warning("no configuration of %s ran on %s", where, arch)
+                continue
+            logger.info("%s: %.4f ms with %s", where, least, best)
+            masked = {} if kernel not in DROPOUT else {"dropout_min": 1} if dropout else {"dropout_max": 0}
+            winners.append({"when": {**bound, **masked, "aligned_min": 1}, **best})
+            yield {"kernels": {kernel: {bits: winners + config.shipped(arch)["kernels"][kernel][bits]}}}
 
 
 def bounds(name: str, sizes: tuple[int, ...]) -> list[dict[str, int]]:

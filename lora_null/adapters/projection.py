@@ -130,13 +130,13 @@ class ProjectionGroup:
         first, lora_A, lora_B = self._factors[0](), layer.lora_A.weight, layer.lora_B.weight
         if first is None or not self._may_share(layer, x, first, lora_A, lora_B):
             return None
-        mixing = None
+        mixing, state = None, _state(first)
         if lora_A is not first:
-            mixing, largest = self._mixing(layer, lora_A, first)
+            mixing, largest = self._mixing(layer, lora_A, first, state)
             if mixing is None or (largest > _MAX_MIXING_IN_FP16 and _computes_in_fp16(x)):
                 return None
         scaling, bias = layer.scaling, layer.bias
-        entry, circumstances = self._entry, (*_circumstances(x), _state(first))
+        entry, circumstances = self._entry, (*_circumstances(x), state)
         if (
             entry is not None
             and entry.x() is x
@@ -184,14 +184,19 @@ class ProjectionGroup:
         watched.ref = weakref.ref(x, drop)
         return watched
 
-    @torch.no_grad()
-    def _mixing(self, layer: AdaptedLinear, lora_A: Tensor, first: Tensor) -> tuple[Tensor | None, float]:
+    def _mixing(self, layer: AdaptedLinear, lora_A: Tensor, first: Tensor, state: tuple) -> tuple[Tensor | None, float]:
         """Return ``M (r, r)`` with ``A = M A_1``, or ``None`` if A left the common row space, and M's largest entry."""
-        key = _state(lora_A), _state(first)
+        key = _state(lora_A), state
         known = self._mixings.get(layer)
         if known is not None and known[0] == key:
             return known[1], known[2]
         self._refreshes += known is not None
+        return self._mixing_anew(layer, lora_A, first, key)
+
+    @torch.no_grad()
+    def _mixing_anew(
+        self, layer: AdaptedLinear, lora_A: Tensor, first: Tensor, key: tuple
+    ) -> tuple[Tensor | None, float]:
         mixing = row_space_coordinates(lora_A, first)
         if mixing is None:
             warn_once(

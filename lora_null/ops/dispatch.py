@@ -12,9 +12,10 @@ An adapted linear goes one of these ways:
 
 The choice between ``triton`` and ``cublas`` is made per product, because the best way differs between products: a
 thin product is bound by memory and gains from fusion, a square one is bound by how good the large GEMM is. Times
-measured by ``python -m lora_null.ops.tune`` decide where there are any for the architecture; elsewhere the defaults
-below do. ``LORA_NULL_LINEAR_BACKEND=triton|cublas|torch`` overrides both, ``LORA_NULL_COVARIANCE_BACKEND`` what
-:func:`covariance_backend` says.
+measured by ``python -m lora_null.ops.tune`` decide where there are any for the architecture. Elsewhere the vendor's
+GEMM is the safe choice (a fused one that is 8 % slower loses more than the saved passes give back at d = 4096), and
+all of them are one call of C++. ``LORA_NULL_LINEAR_BACKEND=triton|cublas|torch`` overrides both,
+``LORA_NULL_COVARIANCE_BACKEND`` what :func:`covariance_backend` says.
 """
 
 from __future__ import annotations
@@ -40,14 +41,9 @@ PRODUCTS = ("project", "forward", "backward_dy", "backward_dx", "backward_dA")
 COVARIANCE_BACKENDS = ("triton", "compiled", "blocks", "torch")
 _NAMESPACES = {"triton": lora, "cublas": vendor}
 
-# Without measurements on an architecture: the pass over dy yields two thin products, for which the vendor reads dy
-# twice and fused code once; every other product is one GEMM, where the vendor's is the safe choice (a fused GEMM
-# that is 8 % slower loses more than the saved passes give back at d = 4096).
-_UNMEASURED = {product: "cublas" for product in PRODUCTS} | {"backward_dy": "triton"}
-
 # Multiply-adds T d m below which the two large products of forward and backward take less than 200 us at 500 TFLOP/s.
 # A layer with a fused kernel costs that much in the interpreter alone (190 us of a 2-core EPYC; 70 us where C++ calls
-# the vendor's GEMMs, 140 us in PEFT), so that the GPU would wait. Not measured on one.
+# the vendor's GEMMs, 140 us in PEFT), so that the GPU would wait, whatever a table says. Not measured on one.
 LAUNCH_BOUND = 2.5e10
 
 # Products that apply a dropout mask, which the kernels regenerate and a GEMM has to read.
@@ -96,9 +92,9 @@ def explain(
     if reason is not None:
         return f"torch: {reason}"
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    module = compiled(x, weight, dropout)
+    module = compiled(x, weight, lora_B, dropout)
     if module is None:
-        reason = _reason_against_compiled(x, weight, dropout) or "there is no C++ extension"
+        reason = _reason_against_compiled(x, weight, lora_B, dropout) or "there is no C++ extension"
     else:
         reason = module.reason_against(x, weight, lora_A, lora_B, bias, None, False)
     caller = "C++     no interpreter between the products" if reason is None else f"Python  {reason}"
@@ -106,27 +102,31 @@ def explain(
     return f"{chosen}\n{'called from':12s} {caller}"
 
 
-def compiled(x: Tensor, weight: Tensor, dropout: float = 0.0) -> ModuleType | None:
+def compiled(x: Tensor, weight: Tensor, lora_B: Tensor, dropout: float = 0.0) -> ModuleType | None:
     """Return the namespace in C++, or ``None`` where Python knows already that a call is not for it.
 
     Its functions see the rest (types, shapes, gradients, modes) at less cost, and return ``None`` in their turn for a
     call that Python has to do, or to say what is wrong with. The interpreter takes longer over a call than the
     products do wherever there are few tokens.
     """
-    return None if _reason_against_compiled(x, weight, dropout) else extension.ready()
+    return None if _reason_against_compiled(x, weight, lora_B, dropout) else extension.ready()
 
 
-def _reason_against_compiled(x: Tensor, weight: Tensor, dropout: float) -> str | None:
+def _reason_against_compiled(x: Tensor, weight: Tensor, lora_B: Tensor, dropout: float) -> str | None:
     if torch.compiler.is_compiling():
         return "a tracer has to see operations"
-    if requested_backend() not in ("auto", "cublas"):
+    backend = requested_backend()
+    if backend not in ("auto", "cublas"):
         return "LORA_NULL_LINEAR_BACKEND asks for something else"
     if dropout:
         return "the dropout mask is made in Python"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is at work"
-    if x.is_cuda and x.numel() * weight.shape[0] >= LAUNCH_BOUND:
-        return "with so many tokens each product is chosen by itself"
+    if x.is_cuda and backend == "auto" and x.numel() * (m := weight.shape[0]) >= LAUNCH_BOUND:
+        d = x.shape[-1]
+        chosen = _choose(config.architecture(x.device), x.numel() // d, d, m, lora_B.shape[-1], x.dtype, False)
+        if "triton" in chosen.backends.values():
+            return "measurements give a product to a kernel"
     return None
 
 
@@ -213,7 +213,7 @@ def _choose(arch: str, T: int, d: int, m: int, r: int, dtype: torch.dtype, dropo
         if dropout and product in _MASKED:
             backends[product], reasons[product] = "triton", "the vendor's GEMM would need the mask in memory"
         elif entry is None:
-            backends[product], reasons[product] = _UNMEASURED[product], f"default, {arch} is unmeasured"
+            backends[product], reasons[product] = "cublas", f"default, {arch} is unmeasured"
         else:
             triton, cublas = entry["triton_us"], entry["cublas_us"]
             backends[product] = "triton" if triton < cublas else "cublas"

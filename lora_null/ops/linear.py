@@ -137,7 +137,7 @@ def _call(
                 f"{name}: an operand is a {type(tensor).__name__}; expected torch tensors x, weight, lora_A (or "
                 "projected) and lora_B, in this order, and perhaps a bias. Pass the weight of a layer, and stack lists."
             )
-    compiled = dispatch.compiled(x, weight, dropout)
+    compiled = dispatch.compiled(x, weight, lora_B, dropout)
     if compiled is not None:
         outputs = getattr(compiled, name)(x, weight, factor, lora_B, bias, mixing, float(scaling))
         if outputs is not None:

@@ -164,27 +164,23 @@ def main() -> None:
         parser.error("no CUDA device: there is nothing to choose between on a CPU.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import triton
-    from triton.testing import do_bench
-
-    def median_ms(call: Callable[[], object]) -> float:
-        return do_bench(call, return_mode="median")
 
     deadline = time.monotonic() + 60 * arguments.minutes
     arch, dtype = config.architecture("cuda"), getattr(torch, arguments.dtype)
     if "kernels" in arguments.only:
         name = torch.cuda.get_device_name()
         source = f"timed on {name}, torch {torch.__version__}, triton {triton.__version__}"
-        for overlay in kernels.measure(arguments.kernels, dtype, arch, median_ms, deadline=deadline):
+        for overlay in kernels.measure(arguments.kernels, dtype, arch, kernels.graph_ms, deadline=deadline):
             config.save_tuned(arch, {**overlay, "source": source})
     if "covariance" in arguments.only and time.monotonic() < deadline:
-        config.save_tuned(arch, measure_covariance(dtype, "cuda", median_ms))
+        config.save_tuned(arch, measure_covariance(dtype, "cuda", kernels.graph_ms))
     if "linear" in arguments.only:
         shapes = [(T, d, m, r) for T, (m, d), r in every(arguments.tokens, LAYERS, arguments.ranks)]
         for shape in tqdm(shapes, unit="shape"):
             if time.monotonic() > deadline:
                 logger.warning("out of time before T, d, m, r = %s", shape)
                 break
-            save_linear(arch, list(measure_linear([shape], dtype, "cuda", median_ms)))
+            save_linear(arch, list(measure_linear([shape], dtype, "cuda", kernels.graph_ms)))
     logger.info("written to %s", config.tuned_path(arch))
 
 

@@ -1,7 +1,8 @@
 """Compile every configuration that ships for every architecture, without a GPU, and read the result.
 
-No register spilled, no more shared memory than a block of that architecture has, wgmma in the sm_90 code, and
-cp.async.bulk.tensor where a configuration promises descriptors.
+No register spilled, no more shared memory than a block of that architecture has, wgmma in the sm_90 code that do not
+wait for each other and whose registers nothing overwrites, and cp.async.bulk.tensor where a configuration promises
+descriptors. The same for what tuning tries, and for other versions of Triton: ``make test-kernels``.
 """
 
 import os
@@ -11,7 +12,8 @@ import torch
 from lora_null.kernels import config, lora, runtime, syrk, tune
 
 pytest.importorskip("triton")
-from triton_tools import SHARED_MEMORY, compile_for, intercepted, register_operands, resources, target
+import wgmma
+from triton_tools import SHARED_MEMORY, compile_for, intercepted, register_operands, resources, sass, serialised, target
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
@@ -58,6 +60,7 @@ def launches(monkeypatch, arch, dtype):
             # rows that are no multiple of 16 bytes
             linear_calls(dtype, 8192, 4100, 1020, 12, 0.1)
             syrk.covariance_update(empty(4100, 4100, dtype=torch.float32), empty(8192, 4100, dtype=dtype))
+            lora.project(empty(8192, 4100, dtype=dtype), empty(128, 4100, dtype=dtype), dropout=0.1)
         else:
             calls(dtype, 8192, 4096, 4096, 64, 0.0)
             monkeypatch.setattr(runtime, "precision", lambda x: "tf32")
@@ -91,6 +94,9 @@ def test_shipped_configurations(monkeypatch, arch, dtype):
         plain = "reduce" in name or ("project" in name and launch.options["DROPOUT"])
         if arch == "sm_90" and bits == "16" and not plain and "wgmma" not in ptx:
             complaints.append(f"{name} has no wgmma")
+        if arch == "sm_90" and "wgmma" in ptx:
+            complaints += [f"{name}: {line}" for line in wgmma.hazards(sass(compiled))]
+            complaints += [f"{name}: every wgmma waits for the one before"] * serialised(compiled)
         if "tma" in launch.kernel.fn.__name__ and "cp.async.bulk.tensor" not in ptx:
             complaints.append(f"{name} has no bulk tensor copy")
     assert not complaints, "\n".join(complaints)
@@ -110,6 +116,30 @@ def test_masked_operands_of_wgmma_lie_in_shared_memory(monkeypatch, d, r):
 def test_register_operands_of_wgmma_are_found():
     wgmma = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1,%r2}, "
     assert len(register_operands(f"{wgmma}{{%r3,%r4}}, %rd1, %p4, 1, 1;\n{wgmma}%rd2, %rd1, %p4, 1, 1, 0, 0;")) == 1
+
+
+@pytest.mark.parametrize(
+    "left, pending, written, found",
+    [
+        ("R68, ", 1, "R68", 1),
+        ("R68, ", 0, "R68", 0),
+        ("R68, ", 1, "R71", 1),
+        ("R68, ", 1, "R72", 0),
+        ("", 1, "R68", 0),
+        ("", 1, "R31", 1),  # of the accumulator, R24 to R31
+        ("", 1, "R32", 0),
+    ],
+)
+def test_writes_to_registers_of_a_running_wgmma_are_found(left, pending, written, found):
+    code = f"""
+        /*0100*/                   IADD3 {written}, R2, R3, RZ ;                              /* 0x0000 */
+        /*0110*/                   STG.E.128 desc[UR4][R68.64], R68 ;
+        /*0120*/                   HGMMA.64x16x16.F32.BF16 R24, {left}gdesc[UR4], R24, gsb0 ;
+        /*0130*/                   WARPGROUP.DEPBAR.LE gsb0, 0x{pending} ;
+        /*0140*/              @!P0 BRA 0x100 ;
+    """
+    assert len(wgmma.hazards(code)) == found
+    assert wgmma.shapes(code) == {"m64n16 RS" if left else "m64n16 SS"}
 
 
 def test_amd_target_compiles(monkeypatch):

@@ -79,6 +79,25 @@ def test_tuned_data_is_laid_over_the_shipped(tmp_path):
     assert not list(path.parent.glob("*.tmp"))
 
 
+def test_one_cards_data_serve_another_of_its_family_only_until_that_has_its_own(tmp_path):
+    first, second = "sm_90 NVIDIA H100 80GB HBM3", "sm_90 NVIDIA H200"
+
+    def entry(warps):
+        sizes = {"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_R": 16, "SLICE_STEPS": 1, "num_stages": 1}
+        return {"kernels": {"outer": {"16": [{**sizes, "num_warps": warps}]}}}
+
+    def warps(arch):
+        config.table.cache_clear()
+        return config.launch_config(config.OuterConfig, torch.bfloat16, arch).num_warps
+
+    path = config.save_tuned(first, entry(1))
+    assert path.name == "sm_90_NVIDIA_H100_80GB_HBM3.json"
+    shipped = config.shipped("sm_100")["kernels"]["outer"]["16"][0]["num_warps"]
+    assert (warps(first), warps(second), warps("sm_100 NVIDIA B200")) == (1, 1, shipped)
+    config.save_tuned(second, entry(2))
+    assert (warps(first), warps(second)) == (1, 2)
+
+
 def launched_with(monkeypatch):
     """Replace launches by nothing; return the options of the last one."""
     last = {}
@@ -103,10 +122,11 @@ def test_tuning_keeps_the_fastest_and_passes_over_failures(monkeypatch):
     *parts, overlay = tune.measure(["project"], torch.bfloat16, "sm_80", fake, **UNTIMED)
     entries = overlay["kernels"]["project"]["16"]
     lengths = [len(part["kernels"]["project"]["16"]) for part in (*parts, overlay)]
-    assert lengths == list(range(len(entries) - 2, len(entries) + 1)), "what is known is not yielded after every size"
-    winners = entries[: len(tune.SIZES["project"][1])]
+    assert lengths == list(range(len(entries) - 5, len(entries) + 1)), "what is known is not yielded after every size"
+    winners = entries[: 2 * len(tune.SIZES["project"][1])]
     assert all((e["BLOCK_T"], e["BLOCK_K"], e["num_stages"]) == (128, 128, 3) for e in winners)
-    assert [e["when"].get("r_max") for e in winners] == [32, 91, None]
+    assert [e["when"].get("r_max") for e in winners] == [32, 32, 91, 91, None, None]
+    assert [("dropout_max" in e["when"]) + 2 * ("dropout_min" in e["when"]) for e in winners] == [1, 2] * 3
     assert entries[len(winners) :] == config.shipped("sm_80")["kernels"]["project"]["16"]
 
 
@@ -123,9 +143,21 @@ def test_tuning_passes_over_what_computes_something_else(monkeypatch):
     options = {"device": "cpu", "prepare": lambda *arguments: None}
     timed = []
     *_, overlay = tune.measure(["outer"], torch.bfloat16, "sm_80", lambda call: timed.append(call()) or 1.0, **options)
-    assert [entry.get("factor") for entry in overlay["kernels"]["outer"]["16"][:3]] == [1.0] * 3
-    assert len(timed) == 3, "something wrong was timed"
+    assert [entry.get("factor") for entry in overlay["kernels"]["outer"]["16"][:6]] == [1.0] * 6
+    assert len(timed) == 6, "something wrong was timed"
     assert not list(tune.measure(["outer"], torch.bfloat16, "sm_80", None, deadline=0.0, **options))
+    # a kernel that nothing runs of costs the ones after it nothing
+    monkeypatch.setattr(tune, "candidates", lambda kernel, *_: entries if kernel == "outer" else entries[:1])
+    monkeypatch.setattr(config, "_forced", Either())
+    found = list(tune.measure(["dy", "outer"], torch.bfloat16, "sm_80", lambda call: 1.0, **options))
+    assert {kernel for part in found for kernel in part["kernels"]} == {"outer"}
+
+
+class Either(dict):
+    """What is forced, under any kernel's name."""
+
+    def __getitem__(self, kernel):
+        return next(iter(self.values()))
 
 
 @pytest.mark.parametrize("kernel, size", [("syrk", 48), ("linear", 32), ("project", 16), ("outer", 16), ("dy", 16)])
@@ -133,17 +165,22 @@ def test_what_tuning_calls_true(monkeypatch, kernel, size):
     """The plain form of every workload is what the kernel's stand-in computes."""
     monkeypatch.setattr(tune, "TOKENS", 40)
     monkeypatch.setattr(tune, "WIDTH", 64)
+
+    def masked(t, dropout=0.0, seed=0):
+        return t * lora.keep_mask(*t.shape, dropout=dropout, seed=seed, device="cpu") / (1 - dropout)
+
     stand_in = {
-        "project": lambda x, A: x @ A.t(),
+        "project": lambda x, A, **drop: masked(x, **drop) @ A.t(),
         "forward": lambda x, w, s, b, scaling: x @ w.t() + s @ b.t(),
-        "backward_dx": lambda dy, w, ds, a: dy @ w + ds @ a,
+        "backward_dx": lambda dy, w, ds, a, **drop: dy @ w + masked(ds @ a, **drop),
         "backward_dy": lambda dy, s, b, scaling: (dy @ b, dy.t() @ s),
-        "backward_dA": lambda ds, x: ds.t() @ x,
+        "backward_dA": lambda ds, x, **drop: ds.t() @ masked(x, **drop),
     }
     for name, function in stand_in.items():
         monkeypatch.setattr(lora, name, function)
     monkeypatch.setattr(syrk, "covariance_update", lambda C, x: C.add_(x.t() @ x))
-    tune.verifier(tune.workload(kernel, size, torch.float32, "cpu"), torch.float32)()
+    for dropout in tune.DROPOUT.get(kernel, (0.0,)):
+        tune.verifier(tune.workload(kernel, size, torch.float32, "cpu", dropout), torch.float32)()
 
 
 def test_every_workload_runs_its_own_kernel(monkeypatch):

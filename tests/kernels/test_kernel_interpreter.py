@@ -16,7 +16,13 @@ import pytest
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreting")
 @pytest.mark.parametrize(
-    "name, least", [("test_kernel_lora.py", 30), ("test_kernel_syrk.py", 40), ("test_linear_kernels.py", 12)]
+    "name, least",
+    [
+        ("test_kernel_lora.py", 30),
+        ("test_kernel_syrk.py", 40),
+        ("test_linear_kernels.py", 12),
+        ("test_kernel_memory.py", 16),
+    ],
 )
 def test_interpreted(name, least):
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))]

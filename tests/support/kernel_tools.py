@@ -1,6 +1,7 @@
 """Where the numerical tests of the kernels run: on a CUDA device, or in Triton's interpreter.
 
-The interpreter needs TRITON_INTERPRET=1 from the start of the process (``test_kernel_interpreter.py`` gives it one).
+The interpreter needs TRITON_INTERPRET=1 from the start of the process (``test_kernel_interpreter.py`` gives it one). It
+is made to compute as a GPU does, and to refuse what a GPU would do without a word.
 """
 
 import os
@@ -44,8 +45,75 @@ def _interpret_16_bit():
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = rounding_cast, wide_dot
 
 
+class Memory:
+    """The elements of one tensor: which addresses are theirs, and which were stored to."""
+
+    def __init__(self, tensor):
+        self.base, self.itemsize = tensor.data_ptr(), tensor.element_size()
+        sides = sorted(((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1))
+        self.sides = sides[::-1]
+        self.stored = set()
+
+    def offsets(self, addresses):
+        """Return elements from the base, and which of the addresses are elements of the tensor."""
+        offsets = addresses.astype(np.int64) - self.base
+        inside = (offsets >= 0) & (offsets % self.itemsize == 0)
+        rest = offsets // self.itemsize
+        for stride, size in self.sides:
+            inside &= rest // stride < size
+            rest = rest % stride
+        return offsets // self.itemsize, inside & (rest == 0)
+
+
+def _watch_addresses():
+    """Let the interpreter refuse loads and stores beside a launch's tensors, and two stores to one element.
+
+    An element of a row's padding is beside, even where memory is there: a GPU would not complain about it either.
+    """
+    from lora_null.kernels import runtime
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    load, store, add = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
+    plain_launch, arguments = runtime.launch, []
+
+    def check(what, pointers, mask, once=False):
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        for memory in arguments:
+            offsets, inside = memory.offsets(addresses)
+            if once and inside.any():
+                found = set(offsets[inside].tolist())
+                if len(found) < inside.sum() or found & memory.stored:
+                    raise IndexError(f"{what}: an element is stored to twice, in no order that is known")
+                memory.stored |= found
+            addresses = addresses[~inside]
+        if addresses.size:
+            raise IndexError(f"{what} of {addresses.size} elements beside the tensors, the first at {addresses[0]:#x}")
+
+    def checked_load(self, pointers, mask, *rest):
+        check("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        check("store", pointers, mask, once=True)
+        return store(self, pointers, value, mask, *rest)
+
+    def checked_add(self, operation, pointers, value, mask, *rest):
+        check("atomic addition", pointers, mask, once=True)  # one to each element: nothing depends on an order
+        return add(self, operation, pointers, value, mask, *rest)
+
+    def launch(kernel, grid, device, *args, **options):
+        tensors = [getattr(argument, "base", argument) for argument in args]
+        found = {(t.data_ptr(), t.shape, t.stride()): t for t in tensors if isinstance(t, torch.Tensor)}
+        arguments[:] = [Memory(tensor) for tensor in found.values()]
+        plain_launch(kernel, grid, device, *args, **options)
+
+    Builder.create_masked_load, Builder.create_masked_store = checked_load, checked_store
+    Builder.create_atomic_rmw, runtime.launch = checked_add, launch
+
+
 if INTERPRETED:
     _interpret_16_bit()
+    _watch_addresses()
 
 
 def wide_product(left, right):

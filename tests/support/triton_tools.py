@@ -5,6 +5,7 @@ constants go through ``triton.compile`` for the wanted target. cuobjdump, which 
 registers, spills and stack of the binary.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -116,17 +117,36 @@ def register_operands(ptx: str) -> list[str]:
 
 def resources(compiled: Any) -> dict[str, int]:
     """Return ``registers``, ``stack`` and ``spills`` (bytes a thread) and ``shared`` (bytes a block)."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(compiled.asm["cubin"])
-        binary.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", binary.name], capture_output=True, text=True, check=True)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    text = _tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {
         "registers": found["REG"],
         "stack": found["STACK"],
         "spills": found["LOCAL"],
         "shared": compiled.metadata.shared,
     }
+
+
+def sass(compiled: Any) -> str:
+    """Return the machine code as text."""
+    return _tool("cuobjdump", "--dump-sass", compiled.asm["cubin"])
+
+
+def serialised(compiled: Any) -> bool:
+    """Say whether ptxas puts a wait after every wgmma, because it cannot tell their registers apart."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    path = get_ptxas(90).path
+    return "serialized" in _tool(path, "-v", compiled.asm["ptx"].encode(), "--gpu-name=sm_90a", "-o", os.devnull)
+
+
+def _tool(name: str, option: str, content: bytes, *more: str) -> str:
+    """Run one of the tools that come with Triton on a file of this content; return all that it says."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([path, option, *more, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
