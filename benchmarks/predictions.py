@@ -1,8 +1,7 @@
 """What the written models say of accelerators that nobody has measured: arithmetic on paper, labelled as such.
 
-A layer's time is the time of its large products plus its passes over ``(T, d)`` matrices that no product hides:
-16 such passes for the eager adapter, 8 where BLAS accumulates, 3 with the low-rank product in the accumulator, 2
-with A frozen as well.
+A layer's time is the time of its large products plus its passes over ``(T, d)`` matrices that no product hides, as
+:mod:`lora_null.ops.dispatch` counts them for the way that a call takes.
 """
 
 from __future__ import annotations
@@ -12,11 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_null.ops import dispatch
+
 from . import limits
 from .report import milliseconds
 from .shapes import shapes
 
-PASSES = {"eager": 16, "accumulate": 8, "fused": 3, "fused, A frozen": 2}
+_VENDOR = dict.fromkeys(dispatch.PRODUCTS, "cublas")
+PASSES = {
+    "eager": dispatch.SEPARATE_PASSES,
+    "vendor": dispatch.passes(_VENDOR),
+    "vendor, dy read once": dispatch.passes(_VENDOR | {"backward_dy": "triton"}),
+    "fused": dispatch.passes(dict.fromkeys(dispatch.PRODUCTS, "triton")),
+}
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,13 @@ def linear_ms(accelerator: Accelerator, d: int, T: int, variant: str | None) -> 
 def linear_rows() -> list[tuple[str, ...]]:
     """Return, per accelerator and width, the ratios between the ways of computing an adapted layer."""
     rows: list[tuple[str, ...]] = [
-        ("accelerator", "d", "eager / base", "accumulate / base", "eager / fused", "accumulate / fused, A frozen")
+        ("accelerator", "d", "eager / base", *(f"eager / {way}" for way in PASSES if way != "eager"))
     ]
     for it in accelerators():
         for d in (2048, 4096, 8192):
             base = linear_ms(it, d, 8192, None)
-            eager, accumulate, fused, frozen = (linear_ms(it, d, 8192, variant) for variant in PASSES)
-            ratios = (eager / base, accumulate / base, eager / fused, accumulate / frozen)
+            eager, *ways = (linear_ms(it, d, 8192, variant) for variant in PASSES)
+            ratios = (eager / base, *(eager / way for way in ways))
             rows.append((it.name, str(d), *(f"{ratio:.2f}x" for ratio in ratios)))
     return rows
 
@@ -121,7 +128,10 @@ def text() -> str:
     return (
         "PREDICTION on paper, not a measurement. Rates assumed:\n\n"
         f"{sources}\n\n"
-        "Forward and backward of a square adapted layer in bf16, T = 8192, small r:\n\n"
+        "Forward and backward of a square adapted layer in bf16, T = 8192, small r, A frozen. "
+        f"Separate operations make {PASSES['eager']} passes over (T, d) beside the two products, the vendor's in our "
+        f"order {PASSES['vendor']}, with a kernel that reads dy once {PASSES['vendor, dy read once']}, fused kernels "
+        f"{PASSES['fused']}, if their products are as fast as the vendor's:\n\n"
         f"{markdown(linear_rows())}\n\n"
         "Four samples of such a layer on one input, forward, beside one forward of it:\n\n"
         f"{markdown(sample_rows())}\n\n"

@@ -79,14 +79,33 @@ class Plan:
         return "\n".join(f"{name:12s} {self.backends[name]:7s} {self.reasons[name]}" for name in PRODUCTS)
 
 
+# Passes over a (T, d) or (T, m) matrix that a product adds to the two large ones of forward and backward, with A
+# frozen: x read; y read and written; dy read twice, or once; dx written, and read inside the large product. Fused
+# products add the low-rank one while it is in registers.
+PASSES = {
+    "project": {"triton": 1, "cublas": 1},
+    "forward": {"triton": 0, "cublas": 2},
+    "backward_dy": {"triton": 1, "cublas": 2},
+    "backward_dx": {"triton": 0, "cublas": 1},
+}
+# The same of separate operations, as PEFT's eager layer makes them.
+SEPARATE_PASSES = 16
+
+
+def passes(backends: dict[str, str]) -> int:
+    """Return the passes over ``(T, d)`` matrices on a GPU beside the two large products, forward and backward."""
+    return sum(ways[backends[product]] for product, ways in PASSES.items())
+
+
 def explain(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None, dropout: float = 0.0
 ) -> str:
     """Say which implementation :func:`lora_null.ops.lora_linear` takes for these tensors, and why.
 
     One line per product (projection, forward, the pass over dy, dx, dA), then one that says whether C++ calls them
-    all at once or Python each; or a single line where the whole call goes through plain torch. Where a compiled model
-    takes another way, the lines say that too. Nothing is computed; the tensors may be on any device.
+    all at once or Python each, and on a GPU one with the passes over memory that this makes; or a single line where the
+    whole call goes through plain torch. Where a compiled model takes another way, the lines say that too. Nothing is
+    computed; the tensors may be on any device.
     """
     reason = reason_against(x, weight, lora_A, lora_B, bias)
     if reason is not None:
@@ -99,7 +118,11 @@ def explain(
         reason = module.reason_against(x, weight, lora_A, lora_B, bias, None, False)
     caller = "C++     no interpreter between the products" if reason is None else f"Python  {reason}"
     chosen = plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout)
-    return f"{chosen}\n{'called from':12s} {caller}"
+    text = f"{chosen}\n{'called from':12s} {caller}"
+    if config.architecture(x.device) == "cpu":
+        return text
+    beside = f"{passes(chosen.backends)} passes over (T, d) beside the two large products"
+    return f"{text}\n{'memory':12s} {beside}, with A frozen; separate operations make {SEPARATE_PASSES}"
 
 
 def compiled(x: Tensor, weight: Tensor, lora_B: Tensor, dropout: float = 0.0) -> ModuleType | None:

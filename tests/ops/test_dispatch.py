@@ -61,6 +61,15 @@ def test_explain_says_whether_cpp_calls(monkeypatch, change, reason):
     assert bool(by_python) == ("Python" in reason)
 
 
+def test_explain_counts_the_passes_over_memory(monkeypatch):
+    assert "memory" not in ops.explain(*operands())
+    monkeypatch.setattr(dispatch.config, "architecture", lambda device: "sm_90 a card")
+    assert "6 passes over (T, d)" in ops.explain(*operands()).splitlines()[-1]
+    way = dict.fromkeys(dispatch.PRODUCTS, "cublas")
+    assert dispatch.passes(way | {"backward_dy": "triton"}) == 5
+    assert dispatch.passes(dict.fromkeys(way, "triton")) == 2
+
+
 def test_explain_without_cpp(monkeypatch):
     monkeypatch.setattr(extension, "ready", lambda: None)
     assert "Python  there is no C++ extension" in ops.explain(*operands())
