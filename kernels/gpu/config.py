@@ -33,6 +33,7 @@ __all__ = [
     "forced",
     "launch_config",
     "matches",
+    "nearest",
     "save_tuned",
     "shipped",
     "table",
@@ -173,14 +174,45 @@ def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def shipped(arch: str) -> dict[str, Any]:
     """Return the table that comes with the package for ``arch``.
 
-    What an architecture's own file leaves out is the default's. One without a file gets that of a relative with
-    no more shared memory (``aliases`` in ``default.json``); any other the default, which fits 64 KiB of shared
-    memory and uses no descriptors.
+    What an architecture's own file leaves out is the default's. One without a file gets the table that
+    :func:`nearest` names.
     """
     default = json.loads((FOLDER / "default.json").read_text())
     name = family(arch)
-    path = FOLDER / f"{default['aliases'].get(name, name)}.json"
-    return _overlaid(default, json.loads(path.read_text())) if path.exists() else default
+    known = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
+    chosen = name if name in known else nearest(known, name, _shared_memory(name))
+    return default if chosen == "default" else _overlaid(default, known[chosen])
+
+
+def nearest(known: dict[str, dict[str, Any]], name: str, shared_memory: int) -> str:
+    """Return which of the ``known`` tables suits an architecture without one, that has so many bytes a block.
+
+    The one that uses the most of the shared memory: stages in flight and the size of a tile are bought with it. Of
+    equals, the one whose number is nearest; one with tensor descriptors only from sm_90 on. Everything else, and what
+    is not NVIDIA's, gets the default, which needs 64 KiB and no descriptors.
+    """
+    number = _number(name)
+
+    def fits(other: str) -> bool:
+        descriptors = any(
+            entry.get("TMA") for lists in known[other]["kernels"].values() for entry in lists.get("16", [])
+        )
+        return known[other]["shared_memory"] <= shared_memory and (number >= 90 or not descriptors)
+
+    others = [other for other in known if _number(other) and number and fits(other)]
+    return max(others, key=lambda it: (known[it]["shared_memory"], -abs(_number(it) - number)), default="default")
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("sm_")) if name.startswith("sm_") else 0
+
+
+def _shared_memory(name: str) -> int:
+    """Return the bytes of shared memory that a block may use on the device of that architecture; 0 without one."""
+    for index in range(torch.cuda.device_count() if not torch.version.hip else 0):
+        if family(architecture(f"cuda:{index}")) == name:
+            return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return 0
 
 
 @cache

@@ -35,13 +35,36 @@ def test_every_table_answers_every_size():
 
 
 @pytest.mark.parametrize(
-    "arch, expected",
-    [("sm_90", "sm_90"), ("sm_86", "sm_89"), ("sm_103", "sm_100"), ("sm_120", "default"), ("gfx942", "default")],
+    "arch, kibibytes, expected",
+    [
+        ("sm_90", 227, "sm_90"),
+        ("sm_86", 99, "sm_89"),
+        ("sm_87", 163, "sm_80"),
+        ("sm_103", 227, "sm_100"),
+        ("sm_110", 227, "sm_100"),
+        ("sm_120 NVIDIA GeForce RTX 5090", 99, "sm_89"),
+        ("sm_88", 227, "sm_80"),  # no descriptors before sm_90
+        ("sm_75", 64, "default"),
+        ("gfx942", 64, "default"),
+        ("sm_130", 0, "default"),  # no device tells how much memory it has
+    ],
 )
-def test_unknown_architectures_get_a_sane_table(arch, expected):
+def test_unknown_architectures_get_the_table_that_uses_their_memory(monkeypatch, arch, kibibytes, expected):
+    monkeypatch.setattr(config, "_shared_memory", lambda name: kibibytes * 1024)
+    config.shipped.cache_clear()
+    config.table.cache_clear()
     assert config.table(arch)["arch"] == expected
-    assert config.table(arch)["shared_memory"] <= 232448
+    assert config.table(arch)["shared_memory"] <= max(kibibytes, 64) * 1024
     assert config.launch_config(config.LinearConfig, torch.float32, arch, T=1, d=1, m=1, r=1).BLOCK_T > 0
+    config.shipped.cache_clear()
+
+
+def test_the_rule_finds_the_tables_that_ship():
+    """Each architecture without its own file would get a table that another of its size has."""
+    known = {path.stem: json.loads(path.read_text()) for path in config.FOLDER.glob("*.json")}
+    for name, table in known.items():
+        if name != "default":
+            assert config.nearest(known, name, table["shared_memory"]) == name
 
 
 def test_first_entry_whose_bounds_hold():

@@ -89,17 +89,17 @@ def _watch_addresses():
         if addresses.size:
             raise IndexError(f"{what} of {addresses.size} elements beside the tensors, the first at {addresses[0]:#x}")
 
-    def checked_load(self, pointers, mask, *rest):
+    def checked_load(self, pointers, mask, *rest, **options):
         check("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
-    def checked_store(self, pointers, value, mask, *rest):
+    def checked_store(self, pointers, value, mask, *rest, **options):
         check("store", pointers, mask, once=True)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **options)
 
-    def checked_add(self, operation, pointers, value, mask, *rest):
+    def checked_add(self, operation, pointers, value, mask, *rest, **options):
         check("atomic addition", pointers, mask, once=True)  # one to each element: nothing depends on an order
-        return add(self, operation, pointers, value, mask, *rest)
+        return add(self, operation, pointers, value, mask, *rest, **options)
 
     def launch(kernel, grid, device, *args, **options):
         tensors = [getattr(argument, "base", argument) for argument in args]
