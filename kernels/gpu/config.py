@@ -211,7 +211,7 @@ def _shared_memory(name: str) -> int:
     """Return the bytes of shared memory that a block may use on the device of that architecture; 0 without one."""
     for index in range(torch.cuda.device_count() if not torch.version.hip else 0):
         if family(architecture(f"cuda:{index}")) == name:
-            return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+            return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)
     return 0
 
 

@@ -95,7 +95,10 @@ def outer_tile(
     # Y is read transposed: a tl.trans between load and dot keeps the load out of the pipeline on sm_80
     y_ptrs = y_ptr + t_begin.to(tl.int64) * stride_yt + (t[None, :] * stride_yt + columns[:, None])
     s_ptrs = s_ptr + t_begin.to(tl.int64) * stride_st + (t[:, None] * stride_st + ranks[None, :])
-    acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    if DROPOUT:
+        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for start in range(t_begin, t_end, BLOCK_T):
         inside = start + t < t_end
         if EVEN_N:
@@ -104,10 +107,15 @@ def outer_tile(
             y = tl.load(y_ptrs, mask=inside[None, :] & (columns[:, None] < N), other=0.0)
         s = tl.load(s_ptrs, mask=inside[:, None] & (ranks[None, :] < R), other=0.0)
         if DROPOUT:
+            # on the right, as in project_tile
             y = tl.where(tl.trans(kept(start + t, columns, key0, key1, threshold)), y, 0.0)
-        acc = tl.dot(y, s, acc, input_precision=PRECISION, out_dtype=tl.float32)
+            acc = tl.dot(s.T, y.T, acc, input_precision=PRECISION, out_dtype=tl.float32)
+        else:
+            acc = tl.dot(y, s, acc, input_precision=PRECISION, out_dtype=tl.float32)
         y_ptrs += BLOCK_T * stride_yt
         s_ptrs += BLOCK_T * stride_st
+    if DROPOUT:
+        acc = acc.T
     return acc
 
 
