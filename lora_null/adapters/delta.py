@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from ..models.refusals import DIVERGED
 from ..models.weights import gathered, materialized
+from ..ops.reference import full_precision
 
 
 @torch.no_grad()
@@ -92,8 +95,11 @@ def require_shift(name: str, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, 
 
 
 def _shifted(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) -> Tensor:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    product = lora_B.to(weight.device, dtype) @ lora_A.to(weight.device, dtype)
+    dtype, kind = torch.promote_types(weight.dtype, torch.float32), weight.device.type
+    plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    # Whatever autocast or TF32 would make of the product.
+    with full_precision(), plain:
+        product = lora_B.to(weight.device, dtype) @ lora_A.to(weight.device, dtype)
     return product.mul_(factor).add_(weight)
 
 

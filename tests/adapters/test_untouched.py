@@ -1,10 +1,11 @@
 """What is refused, is refused before the first change: the model is then bit-identical, with nothing left on it."""
 
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
-from adapter_tools import R, ids, trained
+from adapter_tools import R, ids, learn, trained
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -282,3 +283,35 @@ def test_the_name_of_a_local_base_is_said(llama, token_batches, tmp_path, caplog
     lora_null.save_adapter(model, tmp_path / "adapter", overwrite=True, base_model_name_or_path="org/base")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
+
+
+@contextmanager
+def careless(how):
+    """What training programs leave switched on around the calls: half precision for products."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if how == "medium":
+            torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("how", ["autocast", "medium"])
+def test_shifts_and_merges_are_of_full_precision(llama, calibrated, tmp_path, how):
+    covariances, pretrained = calibrated[1], llama()(ids()).logits
+    with careless(how):
+        model = lora_null.initialize(llama(), covariances, LoraNullConfig(r=R, freeze_a=False), progress=False)
+        peft_model = get_peft_model(llama(), LoraConfig(r=R, target_modules="all-linear"))
+        lora_null.peft.initialize_lora_null_weights(peft_model, covariances, freeze_a=False, progress=False)
+    for started in (model, peft_model):
+        assert (started(ids()).logits - pretrained).norm() <= 1e-5 * pretrained.norm()
+    learn(model)
+    expected = model(ids()).logits
+    with careless(how):
+        lora_null.save_adapter(model, tmp_path / "adapter")
+        resumed = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True)
+        merged = lora_null.merge(model)
+    for found in (resumed, merged):
+        assert (found(ids()).logits - expected).norm() <= 1e-5 * expected.norm()
