@@ -55,5 +55,7 @@ def dense_weight(linear: nn.Linear) -> Tensor:
 def home_of(linear: nn.Linear) -> torch.device:
     """Return the device on which ``linear`` computes: that of its weight, or where accelerate brings it."""
     with materialized(linear):
-        device = next(linear.parameters()).device
+        # HQQ's layers have no weight of that name.
+        held = linear.weight if hasattr(linear, "weight") else next(linear.parameters())
+        device = held.device
     return torch.device("cpu") if device.type == "meta" else device

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_null
+import lora_null.peft as lora_null_peft
 from lora_null import LoraNullConfig
 from lora_null.adapters.layer import adapter_layers, attach_adapter
 from lora_null.models.quantised import dequantised, is_linear
@@ -303,3 +304,24 @@ def test_a_merged_hqq_model_is_served_by_hqq(llama, token_batches, tmp_path):
     own.save_quantized(lora_null.merge(model), str(tmp_path / "merged"))
     merged = own.from_quantized(str(tmp_path / "merged"), compute_dtype=torch.float32, device="cpu")
     torch.testing.assert_close(merged(ids()).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_peft_puts_on_hqq_are_merged_too(llama, token_batches, tmp_path):
+    core, models = pytest.importorskip("hqq.core.quantize"), pytest.importorskip("hqq.models.hf.base")
+    from peft import LoraConfig, get_peft_model
+
+    def base():
+        model = llama()
+        quantised = core.BaseQuantizeConfig(nbits=4, group_size=8, axis=1)
+        models.AutoHQQHFModel.quantize_model(model, quantised, compute_dtype=torch.float32, device="cpu")
+        return model
+
+    model = base()
+    covariances = lora_null.calibrate(model, token_batches(), progress=False)
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    lora_null_peft.initialize_lora_null_weights(model, covariances, group_pooling="auto", progress=False)
+    assert torch.equal(model(ids()).logits, base()(ids()).logits)
+    want = learn(model)(ids()).logits
+    lora_null_peft.save_adapter(model, tmp_path / "adapter")
+    merged = lora_null.merge(lora_null.load_adapter(base(), tmp_path / "adapter"))
+    torch.testing.assert_close(merged(ids()).logits, want, rtol=1e-4, atol=1e-5)
