@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (commands.calibrate, starting.init, commands.export, commands.merge):
+for command in (commands.calibrate, commands.add, starting.init, commands.export, commands.merge):
     app.command()(with_flags(command))
 app.command("eval")(with_flags(judging.evaluate))
 app.command()(judging.inspect)

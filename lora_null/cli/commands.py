@@ -75,6 +75,33 @@ def calibrate(
     typer.echo(f"{output}: {covariances!r}")
 
 
+def add(
+    files: Annotated[list[Path], typer.Argument(help="Files of calibrate, of one model.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Covariance file to write.")] = Path("covariances.safetensors"),
+    weights: Annotated[str | None, typer.Option(help="How much each counts, with commas; default: 1.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Add covariances of several texts, so that an adapter leaves all of them alone."""
+    from ..covariances.covariances import Covariances, check_target
+
+    require_writable(output)
+    check_target(output, overwrite)
+    if output.resolve() in [file.resolve() for file in files]:
+        raise ValueError(f"output is {output}, one of the files to add. Name another file.")
+    try:
+        numbers = [1.0] * len(files) if weights is None else [float(part) for part in weights.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(files):
+        raise ValueError(f"weights is {weights!r}; expected {len(files)} numbers with commas, one for each file.")
+    loaded = [Covariances.load(file) for file in files]
+    total, *others = loaded if weights is None else map(Covariances.weighted, loaded, numbers)
+    for covariances in others:
+        total = total + covariances
+    total.save(output, overwrite=overwrite)
+    typer.echo(f"{output}: {total!r}")
+
+
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Adapter or Trainer checkpoint folder.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder of the plain adapter to write.", show_default=False)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..models.arguments import PATH, takes
 from ..system.files import parse_json
 from .header import counts_by_key, names_by_key, strings_by_key
-from .packed import DenseMatrices, PackedFile, PackedMatrices, PackedSums, write_packed
+from .packed import DenseMatrices, PackedFile, PackedMatrices, PackedScaled, PackedSums, write_packed
 
 _KIND = "lora_null.covariances"
 _VERSION = 1
@@ -110,6 +111,23 @@ class Covariances:
         tokens = {key: count + other.tokens[names[key]] for key, count in self.tokens.items()}
         facts = {name: _both(name, self.metadata, other.metadata) for name in {**self.metadata, **other.metadata}}
         return Covariances(PackedSums(self._matrices, other._matrices, names), self.groups, tokens, facts)
+
+    def weighted(self, weight: float) -> Covariances:
+        """Return the covariances of a text that counts ``weight`` times; numbers of tokens stay those that were read.
+
+        Before they are added to those of another text, that is: a factor common to all changes no null space.
+
+        Raises:
+            ValueError: ``weight`` is no positive number. A difference of covariances is no covariance: what is taken
+                away would leave directions with negative energy, which a null space would prefer to all others.
+        """
+        if not (isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf):
+            raise ValueError(
+                f"weight is {weight!r}; expected a positive number. A text cannot be subtracted: directions would get "
+                "negative energy, which a null space prefers to all others. Calibrate on the texts that shall count."
+            )
+        facts = {**self.metadata, "weight": f"{weight:g}"}
+        return Covariances(PackedScaled(self._matrices, weight), self.groups, self.tokens, facts)
 
     def keys(self) -> list[str]:
         """Return the group keys, in the order of the model."""

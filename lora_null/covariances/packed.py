@@ -133,6 +133,18 @@ class PackedSums(PackedMatrices):
         return self._first.packed(name).to(self.dtype) + self._second.packed(self._names[name]).to(self.dtype)
 
 
+class PackedScaled(PackedMatrices):
+    """Multiples of matrices, each made when asked for."""
+
+    def __init__(self, matrices: PackedMatrices, weight: float):
+        self.dtype, self.sides = matrices.dtype, dict(matrices.sides)
+        self._matrices, self._weight = matrices, weight
+
+    def packed(self, name: str) -> Tensor:
+        """Multiply a triangle."""
+        return self._matrices.packed(name) * self._weight
+
+
 def write_packed(path: Path, matrices: PackedMatrices, metadata: dict[str, str]) -> None:
     """Stream packed lower triangles into one safetensors file, atomically; an existing file is replaced.
 

@@ -14,7 +14,7 @@ import lora_null
 from lora_null import cli
 from lora_null.calibration.texts import read_texts, token_batches
 
-COMMANDS = ("calibrate", "init", "export", "merge", "eval", "inspect", "report", "bench", "quickstart")
+COMMANDS = ("calibrate", "add", "init", "export", "merge", "eval", "inspect", "report", "bench", "quickstart")
 
 
 def logits(model):
