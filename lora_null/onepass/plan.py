@@ -22,6 +22,9 @@ from ..models.shards import size_of
 from ..solver.null_space import workspace
 from .walk import outside_of
 
+# What MKL keeps from its first large product on, measured with one thread.
+_BUFFERS = 18 * 2**20
+
 
 @dataclass(frozen=True)
 class OnePassPlan:
@@ -89,7 +92,12 @@ def plan_one_pass(
     )
     solving = MemoryPlan(
         "its null spaces are solved",
-        (*sums, weights, Item("workspace of the solver", device, _solving(seen, config, name, layers, threads))),
+        (
+            *sums,
+            weights,
+            Item("workspace of the solver", device, _solving(seen, config, name, layers, threads)),
+            Item(f"buffers of the libraries, {threads} threads", device, threads * _BUFFERS),
+        ),
     )
     numbers = sum(
         config.rank_of(n) * (m.in_features + m.out_features) for n, m in job.linears.items() if n not in seen.left_out

@@ -41,6 +41,7 @@ from ..models.targets import survey
 from ..models.zero_points import with_group_size
 from ..system.files import beside, read_json, replacing, write_json
 from ..system.log import logger
+from ..system.memory import give_back
 from ..system.version import __version__
 from .hidden import HiddenFiles
 from .layers import LayerFacts, LayerFiles
@@ -215,10 +216,13 @@ class OnePass:
 
         def finish(number: int) -> None:
             state, matrices = taken(self.collector)
+            give_back()
             if self.keep is not None:
                 parts.part(number).save(state, DenseMatrices(matrices))
             deltas, facts = self._solved(number, Covariances(matrices, state.groups, state.tokens))
             files.write(number, deltas, facts)
+            del matrices
+            give_back()
 
         passes = (len(layers) - walk.start) * len(self.batches)
         with self.job.bar(passes, unit="layer batch") as advance:
