@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import LoraNullConfig
@@ -230,7 +230,7 @@ def _checked_groups(
     for name, key in keys.items():
         linears[name].require_width(covariances.size(key))
     if verify_base:
-        _require_these_weights(linears, covariances, aliases, what)
+        require_these_weights(linears, covariances, aliases, what)
     return keys
 
 
@@ -251,16 +251,20 @@ def _forms(name: str, aliases: tuple[str, ...]) -> list[str]:
     return [alias.format(name) for alias in aliases]
 
 
-def _require_these_weights(
-    linears: Mapping[str, Target], covariances: Covariances, aliases: tuple[str, ...], what: str
+def require_these_weights(
+    linears: Mapping[str, Target],
+    covariances: Covariances,
+    aliases: tuple[str, ...],
+    what: str,
+    print_of: Callable[[Mapping[str, nn.Linear]], str | None] = fingerprint,
 ) -> None:
-    """Refuse covariances that were collected on weights other than those of ``linears``."""
+    """Refuse covariances that were collected on weights other than those of ``linears``; ``print_of`` reads them."""
     known = covariances.metadata.get("base_fingerprint")
     members = {name for names in covariances.groups.values() for name in names}
     named = {form: target.linear for name, target in linears.items() for form in _forms(name, aliases)}
     if not known or not members <= set(named):
         return
-    present = fingerprint({name: linear for name, linear in named.items() if name in members})
+    present = print_of({name: linear for name, linear in named.items() if name in members})
     # Of sums, those of the last text are of the model that the others were learned in. Quantised ones have no print.
     prints = known.split(" + ")
     if present and all(prints) and present not in prints:

@@ -98,7 +98,8 @@ def init(
     if data is not None:
         text = {"field": field, "max_tokens": max_tokens, "sequence_length": sequence_length, "batch_size": batch_size}
         sums = {"mask": mask, "accumulate": accumulate, "progress": progress}
-        prepared = _one_pass(model, data, text, sums, config, loading, loaded_task, method.value, keep_covariances)
+        chosen = {"method": method.value, "keep": keep_covariances, "verify_base": verify_base}
+        prepared = _one_pass(model, data, text, sums, config, loading, loaded_task, chosen)
         if dry_run:
             typer.echo(prepared.plan)
             return
@@ -158,8 +159,7 @@ def _one_pass(
     config: LoraNullConfig,
     loading: Loading,
     task: Any,
-    method: str,
-    keep: Path | None,
+    chosen: dict[str, Any],
 ) -> Any:
     from ..calibration.options import Options
     from ..calibration.texts import check_sizes, read_texts, token_batches
@@ -170,10 +170,10 @@ def _one_pass(
         raise ValueError(
             f"device_map is {loading.device_map!r} beside --data, which reads one layer at a time; expected a device."
         )
-    if keep is not None:
-        require_writable(keep)
+    if chosen["keep"] is not None:
+        require_writable(chosen["keep"])
     documents = read_texts(data, field=text.pop("field"))
     check_sizes(**text)
     options = Options(device=choose_device(loading.device), low_memory=True, **sums)
     batches = token_batches(load_tokenizer(model, loading), documents, **text, seed=config.seed)
-    return prepare(model, batches, config, options, loading, task=task, method=method, keep=keep)
+    return prepare(model, batches, config, options, loading, task=task, **chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..system.files import read_json
 from ..system.tensors import FLOATING, opened, read_floating
-from .identity import digest_of
+from .identity import digest_of, fingerprint_of, sample_of
 from .settings import Loading
 
 # The weights of a model as transformers saves them: in one file, or in shards with an index.
@@ -153,6 +153,14 @@ class DiskWeights:
         finally:
             for owner, key, tensor in homes:
                 owner[key] = tensor
+
+    def fingerprint(self, linears: Mapping[str, nn.Linear]) -> str | None:
+        """Return the fingerprint of linear layers of the model, of which one is in memory at a time."""
+        samples = []
+        for name, linear in linears.items():
+            with self.placed(name, linear, whole=False):
+                samples.append(sample_of(name, linear))
+        return fingerprint_of(samples)
 
     def _stored(self, name: str) -> str | None:
         # a base model's checkpoint lacks the prefix that the model with a head has, and the other way round

@@ -42,6 +42,7 @@ def initialize_streaming(
     accumulate: str = "fp32",
     share_inputs: bool = True,
     keep_covariances: str | os.PathLike | None = None,
+    verify_base: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
@@ -75,6 +76,7 @@ def initialize_streaming(
         accumulate: See :func:`lora_null.calibrate`.
         share_inputs: See :func:`lora_null.calibrate`.
         keep_covariances: File for the covariances, too.
+        verify_base: Refuse a task's covariances of other weights; one layer after another is read for it.
         overwrite: Replace an existing adapter folder, and an existing file of covariances.
         progress: Show a progress bar.
 
@@ -100,7 +102,8 @@ def initialize_streaming(
     for path in (Path(output), keep):
         if path is not None:
             require_writable(path)
-    prepared = prepare(str(model), batches, config, options, loading, task=task, method=method, keep=keep)
+    chosen: dict[str, Any] = {"task": task, "method": method, "keep": keep, "verify_base": verify_base}
+    prepared = prepare(str(model), batches, config, options, loading, **chosen)
     prepared.run(Path(output), overwrite=overwrite)
 
 
@@ -114,6 +117,7 @@ def prepare(
     task: Covariances | None = None,
     method: str = "auto",
     keep: Path | None = None,
+    verify_base: bool = True,
 ) -> OnePass:
     """Check everything and plan, see :func:`initialize_streaming`; nothing is written."""
     if rank_and_size()[1] > 1:
@@ -132,4 +136,5 @@ def prepare(
         given = token_batches(load_tokenizer(model, loading), batches) if texts else batches
         return iterate(given, options.queue_tokens)
 
-    return OnePass.of(model, read, config, options, loading, task=task, method=method, keep_covariances=keep)
+    chosen: dict[str, Any] = {"task": task, "method": method, "keep_covariances": keep, "verify_base": verify_base}
+    return OnePass.of(model, read, config, options, loading, **chosen)

@@ -139,9 +139,10 @@ def _activations(job: Job, batch: Batch, name: str) -> tuple[int, int]:
 
     handles = [first.register_forward_pre_hook(lambda *_: reached.append(True))]
     handles += [module.register_forward_pre_hook(note) for _, module in outside_of(job.model, name)]
+    inputs = inputs_on_meta(job, batch.inputs)
     try:
-        with _Living() as living:
-            job.model(**inputs_on_meta(job, batch.inputs))
+        with _Living([*job.model.parameters(), *job.model.buffers()]) as living:
+            job.model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -149,12 +150,12 @@ def _activations(job: Job, batch: Batch, name: str) -> tuple[int, int]:
 
 
 class _Living(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as they live."""
+    """Counts the bytes of the tensors that operations make, as long as they live; views of ``others`` aside."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Sequence[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in others}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping | None = None) -> Any:
         result = function(*args, **(kwargs or {}))

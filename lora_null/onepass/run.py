@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapters.files import check_target
 from ..adapters.fresh import fresh_adapter, starting_delta
 from ..adapters.layer import refuse_adapted, require_adaptable
-from ..adapters.start import start_factors
+from ..adapters.start import require_these_weights, start_factors
 from ..adapters.state import AdapterState
 from ..calibration.batches import Batch
 from ..calibration.calibrate import check_counts, provenance
@@ -89,6 +89,7 @@ class OnePass:
         task: Covariances | None = None,
         method: str = "auto",
         keep_covariances: Path | None = None,
+        verify_base: bool = True,
     ) -> OnePass:
         """Find layers, weights and batches, and plan; what can be refused is refused here.
 
@@ -101,6 +102,7 @@ class OnePass:
             task: Covariances of the task's text.
             method: Of the null spaces.
             keep_covariances: File for the covariances.
+            verify_base: Refuse a task's covariances of other weights.
         """
         if config.modules_to_save:
             raise ValueError(
@@ -134,6 +136,8 @@ class OnePass:
         embedding = input_embedding(hollow)
         wanted = [(n, m) for n, m in outside_of(hollow, name) if m is embedding]
         weights.require([*wanted, *((f"{name}.{i}", layer) for i, layer in enumerate(layers))])
+        if task is not None and verify_base:
+            require_these_weights(found.linears, task, ("{}",), "task covariances", weights.fingerprint)
         read, collector, data = read_all(job, batches(hollow))
         with evaluating(outline):
             plan, seen = plan_one_pass(

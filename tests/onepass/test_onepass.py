@@ -132,6 +132,30 @@ def test_a_task_another_dtype_and_the_checkpoint_of_a_base_model(llama, tmp_path
     assert_same_folder(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_task_of_other_weights_is_refused(llama, tmp_path):
+    llama().save_pretrained(tmp_path / "model")
+    config, data = LoraNullConfig(r=4), batches()
+    start = (tmp_path / "model", data, config, tmp_path / "one")
+    for seed, verify_base in ((0, True), (1, False)):
+        task = lora_null.calibrate(llama(seed=seed), batches(2), progress=False)
+        lora_null.initialize_streaming(*start, task=task, verify_base=verify_base, overwrite=True, progress=False)
+    with pytest.raises(ValueError, match="task covariances were collected on other weights"):
+        lora_null.initialize_streaming(*start, task=task, overwrite=True, progress=False)
+
+
+def test_the_plan_counts_no_weights_among_the_activations(llama, tmp_path):
+    from lora_null.calibration.options import Options
+    from lora_null.models.settings import Loading
+    from lora_null.onepass.initialize import prepare
+
+    llama().save_pretrained(tmp_path / "model")
+    options = Options(device="cpu", low_memory=True)
+    plan = prepare(str(tmp_path / "model"), [torch.zeros(1, 2).long()], LoraNullConfig(r=4), options, Loading()).plan
+    sizes = {item.what.split(" of ")[0]: item.size for item in plan.phases[0].items}
+    assert sizes["weights"] == 4 * (48 * (2 * 48 + 2 * 24 + 3 * 80) + 2 * 48)
+    assert 0 < sizes["activations"] < sizes["weights"] / 4
+
+
 def test_layers_without_tokens_get_no_adapter(tmp_path, caplog):
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
