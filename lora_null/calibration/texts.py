@@ -45,7 +45,9 @@ def read_texts(data: str | Path, *, field: str | None = None) -> list[str]:
         texts = [paragraph.strip() for paragraph in re.split(r"\n[^\S\n]*\n", _content(path, expected))]
     texts = [text for text in texts if text]
     if not texts:
-        raise ValueError(f"{path} holds no text; expected calibration text like the model's pre-training data.")
+        raise ValueError(
+            f"{path} holds no text; expected documents, with empty lines between them or one a line of .jsonl."
+        )
     return texts
 
 

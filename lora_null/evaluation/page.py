@@ -21,7 +21,7 @@ from ..system.files import read_json, replacing, require_writable
 from ..system.version import __version__
 from . import drawings, markup
 from .advice import advise
-from .report import LayerSpectrum, LayerUpdate, adapter_report, eigenvalues_of, layer_spectrum
+from .report import LayerSpectrum, LayerUpdate, adapter_report, eigenvalues_of, layer_spectrum, require_fitting
 from .results import Evaluation, rows_of
 
 # Decades below the largest eigenvalue that may be drawn; beyond them sums in fp32 are rounding.
@@ -83,7 +83,11 @@ def write_report(
     _check_target(path, overwrite)
     found, extras = (evaluation, {}) if isinstance(evaluation, Evaluation | None) else _read(Path(evaluation), folder)
     read = Adapter.read(folder)
-    eigenvalues = None if covariances is None else eigenvalues_of(covariances, progress=progress)
+    eigenvalues = None
+    if covariances is not None:
+        require_fitting(read.factors, covariances)
+        used = {covariances.group_of(name) for name in read.factors}
+        eigenvalues = eigenvalues_of(covariances, [key for key in covariances if key in used], progress=progress)
     summary, updates = adapter_report(folder, covariances, eigenvalues=eigenvalues, progress=progress)
     spectra = None if covariances is None or eigenvalues is None else _spectra(read, covariances, eigenvalues)
     sections = {
@@ -130,11 +134,9 @@ def _read(path: Path, adapter: Path) -> tuple[Evaluation, dict[str, Any]]:
 
 
 def _spectra(adapter: Adapter, covariances: Covariances, eigenvalues: Mapping[str, Tensor]) -> _Spectra:
-    own = {covariances.group_of(name) for name in adapter.factors}
-    used = [key for key in covariances if key in own]
-    chosen = {key: _chosen(adapter, key, covariances.groups[key]) for key in used}
-    rows = [layer_spectrum(key, covariances, eigenvalues[key], chosen[key]) for key in used]
-    kinds = _kinds({key: covariances.groups[key] for key in used})
+    chosen = {key: _chosen(adapter, key, covariances.groups[key]) for key in eigenvalues}
+    rows = [layer_spectrum(key, covariances, eigenvalues[key], chosen[key]) for key in eigenvalues]
+    kinds = _kinds({key: covariances.groups[key] for key in eigenvalues})
     return _Spectra(eigenvalues, chosen, rows, kinds)
 
 
@@ -304,7 +306,7 @@ def _trained(updates: Sequence[LayerUpdate]) -> str:
 def _drawn(spectra: _Spectra | None) -> str:
     if spectra is None:
         return markup.text("Not given; pass the covariances (--covariances) to see them.", soft=True)
-    least = min(float(v[v > 0].min() / v[-1]) for v in map(spectra.values.__getitem__, spectra.kinds) if v[-1] > 0)
+    least = min(float(v[v > 0].min() / v[-1]) for v in spectra.values.values() if v[-1] > 0)
     floor = max(_FLOOR, min(-1, math.floor(math.log10(least))))
     lead = (
         "Eigenvalues of each input's second moment in ascending order, over the largest, on a logarithmic scale of "

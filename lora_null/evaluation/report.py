@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,12 +162,14 @@ def adapter_report(
     rows = []
     # Kept for each sharing group, whose layers are apart in the file: vectors are small, eigenproblems are not.
     known = dict(eigenvalues or {})
+    if covariances is not None:
+        require_fitting(factors, covariances)
     for name, (lora_A, lora_B) in tqdm(factors.items(), "updates", unit="layer", disable=not progress):
         factor_A, factor_B = lora_A.double(), adapter.scaling_of(name) * lora_B.double()
         if covariances is None:
             rows.append(_measure(name, factor_A, factor_B))
             continue
-        C = _covariance_for(name, lora_A, covariances)
+        C = covariances[name].double()
         key = covariances.group_of(name)
         if key not in known:
             known[key] = torch.linalg.eigvalsh(C)
@@ -186,13 +188,16 @@ def adapter_report(
     return summary, rows
 
 
-def eigenvalues_of(covariances: Covariances, *, progress: bool = True) -> dict[str, Tensor]:
-    """Return the eigenvalues ``(d,)`` of each covariance, ascending, by group, in float64.
+def eigenvalues_of(
+    covariances: Covariances, keys: Iterable[str] | None = None, *, progress: bool = True
+) -> dict[str, Tensor]:
+    """Return the eigenvalues ``(d,)`` of each covariance, or of some groups, ascending, by group, in float64.
 
     Computed by LAPACK, without this package's solver: they are what that solver is judged by.
     """
-    bar = tqdm(covariances.items(), "eigenvalues", total=len(covariances), unit="matrix", disable=not progress)
-    return {key: torch.linalg.eigvalsh(C.double()) for key, C in bar}
+    chosen = list(covariances if keys is None else keys)
+    bar = tqdm(chosen, "eigenvalues", unit="matrix", disable=not progress)
+    return {key: torch.linalg.eigvalsh(covariances[key].double()) for key in bar}
 
 
 def row_space_energy(lora_A: Tensor, C: Tensor, eigenvalues: Tensor | None = None) -> float:
@@ -273,14 +278,19 @@ def _row_basis(lora_A: Tensor) -> Tensor:
     return rows[kept].T
 
 
-def _covariance_for(name: str, lora_A: Tensor, covariances: Covariances) -> Tensor:
-    if name not in covariances or covariances.size(name) != lora_A.shape[1]:
-        found = f"d={covariances.size(name)}" if name in covariances else "no entry"
-        raise ValueError(
-            f"The adapter's layer {name} reads d={lora_A.shape[1]} features, but the covariances hold {found} for it. "
-            "They were collected on another model or for fewer target_modules."
-        )
-    return covariances[name].double()
+def require_fitting(factors: Mapping[str, tuple[Tensor, Tensor]], covariances: Covariances) -> None:
+    """Refuse covariances without an entry of the right size for every layer of ``factors``; reads no matrix.
+
+    Raises:
+        ValueError: Names the first layer that has none.
+    """
+    for name, (lora_A, _) in factors.items():
+        if name not in covariances or covariances.size(name) != lora_A.shape[1]:
+            found = f"d={covariances.size(name)}" if name in covariances else "no entry"
+            raise ValueError(
+                f"The adapter's layer {name} reads d={lora_A.shape[1]} features, but the covariances hold {found} for "
+                "it. They were collected on another model or for fewer target_modules."
+            )
 
 
 def _measure(
