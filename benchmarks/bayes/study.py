@@ -32,7 +32,9 @@ from .packed import Packed, collate, log_likelihoods, packed_example, packed_que
 BEFORE, ENSEMBLE = "before", "ensemble of 3"
 # A posterior that is trained, and the learning rate of its run.
 TRAINED = {"Bayesian-LoRA": 5e-2, "BLoB": 3e-3}
-METHODS = ("LoRA", "MC dropout", "TFB", "Laplace", *TRAINED, ENSEMBLE)
+# A Laplace approximation, and the factors that are random in it.
+LAPLACE = {"Laplace": "b", "Laplace, A and B": "ab"}
+METHODS = ("LoRA", "MC dropout", "TFB", *LAPLACE, *TRAINED, ENSEMBLE)
 
 
 @dataclass(frozen=True)
@@ -211,12 +213,13 @@ class Bench:
 
     def _posterior(self, run: Run) -> tuple[Any, bayes.Posterior]:
         examples, sizes = self.examples(run.seed), self.sizes
-        if run.method in ("TFB", "Laplace"):
+        if run.method in ("TFB", *LAPLACE):
             model = self._member(run.seed, 0)
             batches = [collate(examples[i : i + 16], labels=True) for i in range(0, sizes.train, 16)]
-            with casts_kept(model), torch.autocast("cpu", torch.bfloat16):
-                if run.method == "Laplace":
-                    return model, bayes.laplace(model, batches, which="ab", seed=run.seed)
+            # a cache would hide the samples: it keeps the factors as they were first read
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                if run.method in LAPLACE:
+                    return model, bayes.laplace(model, batches, which=LAPLACE[run.method], seed=run.seed)
                 return model, bayes.tfb(model, batches[:1], samples=2, steps=6, bounds=(1e-4, 0.2), seed=run.seed)
         model = self._adapted(10 * run.seed)
         if run.method == "BLoB":

@@ -12,7 +12,7 @@ from lora_null.evaluation import Estimate
 from lora_null.evaluation.intervals import estimates
 
 from .. import predictions
-from .study import BEFORE, METHODS
+from .study import BEFORE, METHODS, TRAINED
 
 
 def figures_of(entries: Sequence[dict]) -> dict[str, float]:
@@ -71,7 +71,7 @@ def _with_range(found: Sequence[dict], name: str) -> str:
 def _conditions(entries: Sequence[dict]) -> str:
     sizes, environment = entries[-1]["sizes"], entries[-1]["environment"]
     rates = {entry["method"]: entry["learning_rate"] for entry in entries}
-    others = ", ".join(f"{method} {rates[method]:g}" for method in METHODS[4:6] if method in rates)
+    others = ", ".join(f"{method} {rates[method]:g}" for method in TRAINED if method in rates)
     return (
         f"{entries[-1]['model']}, PEFT's LoRA of rank {sizes['r']} in q and v of the last "
         f"{sizes['layers']} layers, alpha {2 * sizes['r']}, dropout "

@@ -67,11 +67,14 @@ class Posterior:
             with torch.no_grad():
                 for key, weight in weights.items():
                     weight.add_(deviations[key].to(weight.device))
+            # of an autocast around the block, which keeps what it made of the weights before
+            torch.clear_autocast_cache()
             yield
         finally:
             with torch.no_grad():
                 for key, weight in weights.items():
                     weight.copy_(means[key])
+            torch.clear_autocast_cache()
 
     def predict(
         self,

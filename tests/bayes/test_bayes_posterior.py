@@ -55,6 +55,17 @@ def test_a_sample_changes_the_outputs_and_leaves_the_mean_bit_by_bit(model):
     assert unchanged(model, before)
 
 
+def test_samples_are_seen_within_one_autocast(llama):
+    """Which keeps its copies of weights that require gradients until it ends."""
+    model, ids = with_peft(llama()), labelled_batches()[0]["input_ids"]
+    posterior = wide(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mean = model(ids).logits
+        with posterior.sample(model, seed=1):
+            assert not torch.equal(model(ids).logits, mean)
+        assert torch.equal(model(ids).logits, mean)
+
+
 @pytest.mark.parametrize("positions", ["last", "all"])
 @pytest.mark.parametrize("factors", [("lora_A",), ("lora_B",), ("lora_A", "lora_B")], ids="+".join)
 def test_samples_in_one_batch_equal_samples_one_by_one(llama, token_batches, factors, positions):
