@@ -46,7 +46,17 @@ def table(entries: Sequence[dict]) -> str:
         seeds = {e["seed"] for e in own["LoRA"]}
         if not seeds:
             continue
-        rows = [("method", "accuracy", "NLL", "NLL above LoRA's, same seeds", "ECE", "Brier score", "seconds a seed")]
+        rows = [
+            (
+                "method",
+                "accuracy",
+                "NLL",
+                "NLL above LoRA's, same seeds",
+                "ECE together (each)",
+                "Brier score",
+                "seconds a seed",
+            )
+        ]
         for method, found in own.items():
             if not found:
                 continue
@@ -78,7 +88,7 @@ def _conditions(entries: Sequence[dict]) -> str:
         f"{sizes['dropout']:g}; {sizes['train']} examples, {sizes['epochs']} times, batches of {sizes['batch_size']}, "
         f"AdamW at {sizes['learning_rate']:g} ({others}), bf16 autocast; {sizes['questions']} held-out questions of "
         f"four choices; {sizes['samples']} samples of every posterior and of dropout. In brackets the least and most "
-        "of the seeds, in square brackets 95 % intervals over the questions. An ensemble's seconds include training "
+        "of the seeds, whose predictions make one ECE together; in square brackets 95 % intervals over the questions. An ensemble's seconds include training "
         "its other members, those of MC dropout, TFB and Laplace leave out LoRA's own. "
         f"{environment['device']}, torch {environment['torch']}."
     )
