@@ -88,7 +88,8 @@ def _conditions(entries: Sequence[dict]) -> str:
         f"{sizes['dropout']:g}; {sizes['train']} examples, {sizes['epochs']} times, batches of {sizes['batch_size']}, "
         f"AdamW at {sizes['learning_rate']:g} ({others}), bf16 autocast; {sizes['questions']} held-out questions of "
         f"four choices; {sizes['samples']} samples of every posterior and of dropout. In brackets the least and most "
-        "of the seeds, whose predictions make one ECE together; in square brackets 95 % intervals over the questions. An ensemble's seconds include training "
+        "of the seeds, whose predictions make one ECE together; in square brackets 95 % intervals over the questions. "
+        "An ensemble's seconds include training "
         "its other members, those of MC dropout, TFB and Laplace leave out LoRA's own. "
         f"{environment['device']}, torch {environment['torch']}."
     )
