@@ -64,7 +64,11 @@ def table(entries: Sequence[dict]) -> str:
             reference = own["LoRA"] if method == BEFORE else [e for e in own["LoRA"] if e["seed"] in common]
             change = nll_change(found, reference)
             figures = figures_of(found)
-            name = method if len(found) == len(seeds) or method == BEFORE else f"{method} ({len(found)} seeds)"
+            name = (
+                method
+                if len(found) == len(seeds) or method == BEFORE
+                else f"{method} ({len(found)} of {len(seeds)} seeds)"
+            )
             versus = "" if method == "LoRA" else f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
             cells = (f"{figures['accuracy']:.3f}", _with_range(found, "nll"), versus, _with_range(found, "ece"))
             rows.append((name, *cells, f"{figures['brier']:.3f}", f"{fmean(e['seconds'] for e in found):.0f}"))
