@@ -20,7 +20,7 @@ TRITON ?=
 OTHER := $(if $(TRITON),build/triton-$(TRITON))
 test-kernels: $(VENV)/.installed
 	$(if $(TRITON),test -d $(OTHER) || $(BIN)/pip install -q --no-deps --target $(OTHER) triton==$(TRITON))
-	PYTHONPATH=$(OTHER) $(BIN)/python tests/kernels/matrix.py $(ARGS)
+	PYTHONPATH=$(OTHER) $(BIN)/python tests/support/kernel_matrix.py $(ARGS)
 
 # PEFT's own LoRA tests, fetched with pip, with and without the fused forward; fails on any that fails only when fused.
 test-peers: $(VENV)/.installed

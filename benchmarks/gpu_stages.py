@@ -153,10 +153,10 @@ def tune_kernel(kernel: str, context: Context) -> None:
         else:
             arch = config.architecture("cuda")
         for overlay in kernels.measure([kernel], BF16, arch, median_ms, **options):
-            path = config.save_tuned(arch, {**overlay, "source": f"timed on {arch}, torch {torch.__version__}"})
+            config.save_tuned(arch, {**overlay, "source": f"timed on {arch}, torch {torch.__version__}"})
             best = [entry for entry in overlay["kernels"][kernel]["16"] if "aligned_min" in entry.get("when", {})][-1]
             context.keep(f"tune {kernel}", json.dumps(best["when"]), **{k: v for k, v in best.items() if k != "when"})
-    shutil.copy(path, context.folder)
+    shutil.copy(config.tuned_path(arch), context.folder)
 
 
 def tune_ways(context: Context) -> None:
@@ -175,7 +175,7 @@ def tune_ways(context: Context) -> None:
             break
         shape = (8, 32, 16, 4) if context.dry else (T, d, m, r)
         entries = list(tune.measure_linear([shape], BF16, context.device, median_ms))
-        path = tune.save_linear(arch, entries)
+        tune.save_linear(arch, entries)
         for entry in entries:
             figures = {k: entry[k] for k in ("triton_us", "cublas_us")}
             context.keep(
@@ -183,7 +183,7 @@ def tune_ways(context: Context) -> None:
             )
         if context.dry:
             break
-    shutil.copy(path, context.folder)
+    shutil.copy(config.tuned_path(arch), context.folder)
 
 
 def peers(question: str, context: Context) -> None:

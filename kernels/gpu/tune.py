@@ -85,6 +85,12 @@ def candidates(kernel: str, dtype: torch.dtype, arch: str, size: int) -> Iterato
                 "num_warps": warps, "num_stages": stages,
             }  # fmt: skip
     else:
+        # tall tiles read the factors less often: by arithmetic 235 instead of 336 MB from L2 at r = 128, d = 4096
+        for r, m in product(ranks[::-1][:2], (256, 128)):
+            yield {
+                "ROWS": 128, "BLOCK_K": 64, "BLOCK_T": 64, "BLOCK_M": m, "BLOCK_R": r, "SLAB_BYTES": 24 << 20,
+                "SLICE_STEPS": 6, "num_warps": 8, "num_stages": 3,
+            }  # fmt: skip
         for r, mib, m, rows, warps in product(ranks[::-1][:2], (24, 8, 64), (128, 64), (64, 32), (8, 4)):
             yield {
                 "ROWS": rows, "BLOCK_K": 64, "BLOCK_T": 64, "BLOCK_M": m, "BLOCK_R": r, "SLAB_BYTES": mib << 20,

@@ -1,9 +1,10 @@
-"""Every kernel, configuration and architecture, compiled: ``python tests/kernels/matrix.py``, or ``make test-kernels``.
+"""Every kernel, configuration and architecture, compiled: ``make test-kernels``.
 
 Shipped configurations for each architecture, and on sm_90 those that tuning tries, at the ranks that it times, without
 and with dropout. What ships must fit the registers and the shared memory, and its wgmma must not wait for each other;
 nothing at all may write to registers of a wgmma that still runs. It is compiled with the Triton that is imported.
-Results go to a file for each version, and a second call goes on where the first one ended; ``--table`` prints them.
+Results go to a file for each version, and a second call goes on where the first one ended; ``--table`` makes a page of
+them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
 import pytest
 import torch
 import wgmma
@@ -25,6 +24,7 @@ from lora_null.kernels import config, syrk, tune
 from triton_tools import SHARED_MEMORY, Launch, compile_for, intercepted, register_operands, resources, sass, serialised
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PAGE = RESULTS / "kernels.md"
 ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
 MASKED = (((8192, 4096), torch.bfloat16), ((8192,), torch.bool))
 SIDES = ("ROWS", "BLOCK_T", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R")
@@ -152,9 +152,7 @@ def table() -> str:
     for version, path in versions.items():
         for row in map(json.loads, path.read_text().splitlines()):
             if not row["tried"]:
-                masked = ", dropout" if row["options"].get("DROPOUT") else ""
-                name = row["kernel"].removesuffix("_kernel") + (", dx" if row["options"].get("TRANSPOSED") else "")
-                rows.setdefault((name + masked, name_of(row), row["arch"]), {})[version] = row
+                rows.setdefault((kernel_of(row), name_of(row), row["arch"]), {})[version] = row
     head = ["kernel", "configuration", "architecture", *(f"Triton {version}" for version in versions)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for key, found in sorted(rows.items()):
@@ -163,15 +161,45 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def kernel_of(row: dict[str, Any]) -> str:
+    """Return the kernel and what of its variants was compiled."""
+    options = row["options"]
+    variants = {
+        "dx": options.get("TRANSPOSED"),
+        "dropout": options.get("DROPOUT"),
+        "mask": options.get("MASK"),
+        "ragged": False in [value for name, value in options.items() if name.startswith("EVEN_")],
+    }
+    return ", ".join([row["kernel"].removesuffix("_kernel"), *(name for name, it in variants.items() if it)])
+
+
+def page() -> str:
+    """Return the table with what it says above it."""
+    tried = [json.loads(line) for path in sorted(RESULTS.glob("kernels-triton-*.jsonl")) for line in path.open()]
+    tried = [row for row in tried if row["tried"]]
+    failed = sum("failed" in row for row in tried)
+    spills = sum(bool(row.get("stack") or row.get("spills")) for row in tried)
+    hazards = sum(bool(row.get("hazards")) for row in tried)
+    waits = sum(bool(row.get("serialised")) for row in tried)
+    return (
+        "# Kernels as compiled\n\n"
+        "Made by `python tests/support/kernel_matrix.py --table` from what `make test-kernels` recorded; nothing of\n"
+        "it ran on a device. Registers are of a thread, KiB of shared memory of a block; `RS` means a left\n"
+        "operand in registers; ragged rows are no multiple of a tile, or of 16 bytes.\n\n"
+        f"Besides these, {len(tried)} launches that tuning tries on sm_90: {failed} do not compile, {spills} spill, "
+        f"{waits} are serialised,\n{hazards} write to registers of a wgmma that may still run.\n\n{table()}\n"
+    )
+
+
 def cell(row: dict[str, Any]) -> str:
     """Return registers, shared memory, wgmma and what is wrong."""
     if "failed" in row:
         return row["failed"]
     parts = [f"{row['registers']} registers, {row['shared'] // 1024} KiB"]
-    parts += [row["wgmma"]] * bool(row.get("wgmma"))
+    parts += [row.get("wgmma")] * bool(row.get("wgmma"))
     parts += [f"spills {row['stack'] + row['spills']} B"] * bool(row["stack"] or row["spills"])
     parts += ["serialised"] * bool(row.get("serialised"))
-    parts += [f"{row['hazards']} hazards"] * bool(row.get("hazards"))
+    parts += [f"{row.get('hazards')} hazards"] * bool(row.get("hazards"))
     return ", ".join(parts)
 
 
@@ -180,10 +208,10 @@ def main() -> int:
     it = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     it.add_argument("--archs", nargs="+", default=list(ARCHITECTURES))
     it.add_argument("--shipped", action="store_true", help="leave out what tuning tries")
-    it.add_argument("--table", action="store_true", help="print what is known as a table")
+    it.add_argument("--table", action="store_true", help="write what is known to benchmarks/results/kernels.md")
     arguments = it.parse_args()
     if arguments.table:
-        print(table())
+        PAGE.write_text(page())
         return 0
     wrong = compile_all(tuple(arguments.archs), tried=False)
     if not arguments.shipped:
