@@ -19,7 +19,12 @@ MODERATE = (3e-4, 1e-3, 3e-3)
 # Methods whose two factors do not start at zero need a tenth of the learning rate of those that do.
 GENTLE = (1e-4, 3e-4, 1e-3)
 # Calibration texts beside the usual one, which has facts and questions with their answers, and what they are called.
-TEXTS = {"bare": "bare questions", "own": "its own text", "bare+own": "bare questions and its own text"}
+TEXTS = {
+    "bare": "bare questions",
+    "own": "its own text",
+    "bare+own": "bare questions and its own text",
+    "words+own": "the usual text and its own",
+}
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,15 @@ def bench(
 
 
 @app.command()
+def doctor(json: AsJson = False) -> None:
+    """Show versions, compiler, extension, devices and settings, and what will be used on this machine."""
+    from .doctor import examine
+    from .output import print_findings
+
+    print_findings(examine(), as_json=json)
+
+
+@app.command()
 @with_flags
 def quickstart(settings: Settings) -> None:
     """Calibrate, fine-tune with LoRA and LoRA-Null, compare what each forgot, save, reload."""

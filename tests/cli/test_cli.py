@@ -301,3 +301,21 @@ class TestCommands:
         timings = json.loads(out)["timings"]
         assert code == 0 and {"lora_linear, A frozen", "null_space"} <= {row["operation"] for row in timings}
         assert all(0 < row["ms_20"] <= row["ms"] <= row["ms_80"] for row in timings)
+
+
+class TestDoctor:
+    def test_it_says_what_is_here_and_what_will_be_used(self, run, monkeypatch, tmp_path):
+        monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
+        code, out, err = run("doctor", "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["torch"] == torch.__version__ and found["LORA_NULL_CACHE"] == str(tmp_path / "cache")
+        assert found["cache"] == f"{tmp_path / 'cache'} (not made yet)" and not (tmp_path / "cache").exists()
+        x, weight, A, B = (torch.empty(shape) for shape in ((2048, 2048), (2048, 2048), (32, 2048), (2048, 32)))
+        if not torch.cuda.is_available():
+            assert found["linear, float32"] == lora_null.ops.explain(x, weight, A, B)
+        assert run("doctor")[1].startswith("lora_null")
+
+    def test_an_extension_that_is_switched_off(self, run, monkeypatch):
+        monkeypatch.setenv("LORA_NULL_NO_EXTENSION", "1")
+        assert json.loads(run("doctor", "--json")[1])["extension"] == "switched off by LORA_NULL_NO_EXTENSION"
