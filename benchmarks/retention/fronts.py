@@ -168,6 +168,7 @@ _COLOURS = {
     "LoRA-Null": "#c4432b",
     "LoRA-Null, A trained": "#e39a7f",
     "Null-Basis, 99 %": "#7d4f9c",
+    "Null-Basis, on the usual text and its own": "#2e8b57",
     "LoRA": "#2b5c8a",
     "LoRA, decay 0.3": "#6fa8dc",
 }
@@ -190,7 +191,7 @@ def _fronts(chosen: list[tuple[str, str, list[dict], dict]]):
             known = axes.get_legend_handles_labels()[1]
             for number, run in enumerate(own):
                 line = [(loss(stop), fmean(stop["kl"])) for stop in run["stops"]]
-                wide = 1.8 if method in CONTENDERS else 0.8
+                wide = 1.8 if method in _COLOURS else 0.8
                 name = "" if number or label in known else label
                 axes.plot(
                     *zip(*line, strict=True), "o-", color=_colour(method), label=name, linewidth=wide, markersize=3
