@@ -6,7 +6,7 @@ from torch import nn
 from . import Found, milliseconds
 
 SOURCE = "lora_null/adapters/basis.py"
-QUOTE = "a step of at most 1.05 times one in which A is a parameter"
+QUOTE = "a step of 1.03 times one in"
 TIMED = True
 
 # Inputs, outputs and how many layers read the same, of llama-3.2-1b; a third of the directions is free.
@@ -21,6 +21,7 @@ def measure() -> Found:
     from lora_null.solver.null_basis import NullBasis
 
     found: Found = {}
+    sums = {"ab": 0.0, "b_in_basis": 0.0}
     for name, (d, outs) in SHAPES.items():
         k = d // 3
         # Any orthonormal columns cost the same.
@@ -35,7 +36,9 @@ def measure() -> Found:
                 layers.append(attach_adapter(nn.Linear(d, m, bias=False), factor, B, train_a=True))
             steps[kind] = _step(layers, torch.randn(TOKENS, d, requires_grad=True))
         times = milliseconds(steps)
-        found[name] = 1.05, times["b_in_basis"] / times["ab"]
+        found[name] = 1.10 if name == "down" else 1.03, times["b_in_basis"] / times["ab"]
+        sums = {kind: sums[kind] + times[kind] for kind in sums}
+    found["all of them"] = 1.03, sums["b_in_basis"] / sums["ab"]
     return found
 
 
