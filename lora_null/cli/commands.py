@@ -72,7 +72,15 @@ def calibrate(
         return
     covariances = run(loaded, batches, config, **options, progress=progress)
     covariances.save(output, overwrite=overwrite)
-    typer.echo(f"{output}: {covariances!r}")
+    typer.echo(f"{output}: {covariances!r}, from {_sources(data, generate)}")
+
+
+def _sources(data: Path | None, generate: int) -> str:
+    """Say what the covariances cover, and what they may not."""
+    own = "text that the model wrote"
+    if data is None or generate:
+        return own if data is None else f"{data} and {own}"
+    return f"{data}. What is in no text is not protected: --generate 16384 adds {own}."
 
 
 def add(

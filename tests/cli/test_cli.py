@@ -90,7 +90,8 @@ class TestCommands:
 
     def test_calibrate_on_text_that_the_model_writes(self, folder, run, tokenizer):
         calibrate = ("calibrate", folder / "model", "--generate", 300, "--seed", 4, "--output", folder / "own")
-        assert run(*calibrate, "--data", folder / "text.txt")[0] == 0
+        code, out, _ = run(*calibrate, "--data", folder / "text.txt")
+        assert code == 0 and out.endswith(f"from {folder / 'text.txt'} and text that the model wrote\n")
         covariances, model = lora_null.Covariances.load(folder / "own"), load(folder)
         batches = token_batches(tokenizer, read_texts(folder / "text.txt"), max_tokens=65536, seed=4)
         batches += lora_null.own_text(model, tokenizer, 300, seed=4, progress=False)
