@@ -52,6 +52,7 @@ setup(
         "lora_null.evaluation",
         "lora_null.integrations",
         "lora_null.models",
+        "lora_null.onepass",
         "lora_null.ops",
         "lora_null.peft",
         "lora_null.quickstart",

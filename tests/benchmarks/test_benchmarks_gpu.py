@@ -36,7 +36,7 @@ def test_a_stage_that_fails_or_hangs_costs_no_other(tmp_path, monkeypatch, capsy
         time.sleep(60)
 
     good = (30.0, lambda context: context.keep("good", "it", us=2.0))
-    monkeypatch.setattr(gpu, "stages", lambda: {"broken": (30.0, broken), "hanging": (1.0, hanging), "good": good})
+    monkeypatch.setattr(gpu, "stages", lambda: {"broken": (30.0, broken), "hanging": (0.1, hanging), "good": good})
     assert gpu.run(context(tmp_path), [], 5.0) == 1
     shown = capsys.readouterr().out
     assert "not the same bits" in shown and "half of it" in shown and "killed after 1 s" in shown

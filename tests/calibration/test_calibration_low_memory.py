@@ -158,7 +158,9 @@ def test_the_plan_is_refused_or_obeyed(tmp_path):
     # no other tensor of the model, or of another test, has 60 x 60 elements
     model, batches = llama(layers=6, intermediate=60), padded_batches()
     limit = 64 * 2**10
-    with pytest.raises(ValueError, match=r"(?s)needs 156\.4 KiB on cpu and may use 64\.0 KiB.*low_memory=True.*24 cov"):
+    with pytest.raises(
+        ValueError, match=r"(?s)156\.4 KiB are needed on cpu, and 64\.0 KiB may.*low_memory=True.*24 cov"
+    ):
         calibrate(model, batches, queue_tokens=16, memory_limit=limit)
 
     most, calls = [0, 0], 0
@@ -193,7 +195,7 @@ def test_a_plan_beyond_the_free_memory_is_refused():
         def forward(self, ids):
             return self.embedding(ids)
 
-    with pytest.raises(ValueError, match=r"needs 1048\d{3}\.\d\d GiB on cpu and may use .* GiB"):
+    with pytest.raises(ValueError, match=r"1048\d{3}\.\d\d GiB are needed on cpu, and .* GiB may"):
         calibrate(Vast(), [torch.zeros(1, 4, dtype=torch.long)])
 
 

@@ -193,7 +193,7 @@ def test_what_is_refused_is_refused_before_anything_is_written(llama, tmp_path):
             lora_null.initialize_streaming(folder, data, config, tmp_path / "out", progress=False, **options)
         assert not (tmp_path / "out").exists() and not (tmp_path / ".out.work").exists()
 
-    refused("needs .* and may use 1.0 KiB", memory_limit=1024)
+    refused(r"are needed on cpu, and 1\.0 KiB may be used", memory_limit=1024)
     refused("r=64 is larger than d=48", config=LoraNullConfig(r=64))
     refused("modules_to_save", config=LoraNullConfig(r=4, modules_to_save=["embed_tokens"]))
     refused("lie outside of model.layers", config=LoraNullConfig(r=4, target_modules=["lm_head", "q_proj"]))

@@ -57,6 +57,7 @@ ELSEWHERE = {
     *("Covariances", "LoraNullConfig", "LoraNullLinear", "NullBasis", "NullSpace", "RetentionCallback"),  # classes
     *("Bin", "Scores", "Posterior", "FusedKernels", "FusedLoraLinear"),
     "null_spaces",  # solver/test_solver_many.py
+    *("initialize_streaming", "own_text"),  # onepass/test_onepass.py, calibration/test_own_text.py
     *("covariance_update_reference", "lora_linear_reference", "lora_up_linear_reference"),  # definitions
     *("covariance_backend", "explain"),  # ops/test_dispatch.py
 }
