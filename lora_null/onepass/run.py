@@ -162,6 +162,11 @@ class OnePass:
 
     def run(self, output: Path, *, overwrite: bool) -> None:
         """Do it, and write the adapter folder ``output``."""
+        if self.keep is not None and self.keep.resolve() == output.resolve():
+            raise ValueError(
+                f"keep_covariances and the output are both {output}; expected a file for the covariances beside the "
+                "adapter's folder. Name another path."
+            )
         logger.info("%s", self.plan)
         remedy = "Pass smaller batches, fewer target_modules, or another device."
         self.plan.check(self.job.options.memory_limit, remedy)
@@ -176,7 +181,7 @@ class OnePass:
     def _work(self, output: Path, overwrite: bool) -> Iterator[Path]:
         """Hold the folder of work beside ``output``, and remove it at the end; a killed run leaves it."""
         work, finished = beside(output, "work"), beside(output, "done")
-        checkpoint = Checkpoint(work / "covariances", self._key())
+        checkpoint = Checkpoint(work, self._key())
         with Checkpoint(output, {}).locked():
             shutil.rmtree(finished, ignore_errors=True)
             if (work / "key.json").exists():
@@ -223,7 +228,12 @@ class OnePass:
             give_back()
             if self.keep is not None:
                 parts.part(number).save(state, DenseMatrices(matrices))
-            deltas, facts = self._solved(number, Covariances(matrices, state.groups, state.tokens))
+            try:
+                deltas, facts = self._solved(number, Covariances(matrices, state.groups, state.tokens))
+            except ValueError:
+                # The same arguments would be refused again, and mended ones must not be refused for what lies here.
+                shutil.rmtree(work, ignore_errors=True)
+                raise
             files.write(number, deltas, facts)
             del matrices
             give_back()

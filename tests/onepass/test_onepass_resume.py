@@ -182,3 +182,20 @@ def test_sigkill_at_random_moments(wanted):
 
 if __name__ == "__main__":
     _worker(*sys.argv[1:])
+
+
+def test_a_refused_run_leaves_nothing_that_refuses_the_mended_one(wanted):
+    folder, adapter, _ = wanted
+    refused = LoraNullConfig(r=4, train="b_in_basis", energy=0.999999)
+    with pytest.raises(ValueError, match="Lower it"):
+        start(folder, config=refused, progress=False)
+    assert not (folder / ".out.work").exists()
+    start(folder, progress=False)
+    assert contents(folder / "out") == adapter
+
+
+def test_one_path_for_both_outputs(wanted):
+    folder, _, _ = wanted
+    with pytest.raises(ValueError, match="keep_covariances and the output are both"):
+        start(folder, keep_covariances=folder / "out", progress=False)
+    assert not (folder / "out").exists()
