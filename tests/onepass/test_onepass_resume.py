@@ -187,7 +187,7 @@ if __name__ == "__main__":
 def test_a_refused_run_leaves_nothing_that_refuses_the_mended_one(wanted):
     folder, adapter, _ = wanted
     refused = LoraNullConfig(r=4, train="b_in_basis", energy=0.999999)
-    with pytest.raises(ValueError, match="[Ll]ower it"):
+    with pytest.raises(ValueError, match=r"[Ll]ower it"):
         start(folder, config=refused, progress=False)
     assert not (folder / ".out.work").exists()
     start(folder, progress=False)
