@@ -90,7 +90,7 @@ class _Made(NamedTuple):
 
 
 # On the layers of a llama-3.2-1b block, fp32 on a CPU (benchmarks/claims/basis_step.py): a step of 1.03 times one in
-# which A is a parameter at 512 tokens (down alone: 1.10), of 1.01 at 2048.
+# which A is a parameter at 512 tokens with one thread (down alone: 1.10), 1.06 with two; of 1.01 at 2048.
 class BasisFactor(nn.Module):
     """``A = C N^T (r, d)`` as ``weight``, in place of a factor that is a parameter; trained is ``coefficients``.
 
