@@ -5,7 +5,9 @@ import torch
 from . import Found, milliseconds
 
 SOURCE = "lora_null/covariances/packed.py"
-QUOTE = "Copying row slices is about as fast as cloning the matrix and 5 times faster than indexing"
+QUOTE = (
+    "Copying row slices is about as fast as cloning the matrix and, by machine, 1.25 to 5 times faster than indexing"
+)
 TIMED = True
 
 

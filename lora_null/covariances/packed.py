@@ -25,8 +25,8 @@ _CHECKSUMS = "crc32"
 def pack_lower(matrix: Tensor) -> Tensor:
     """Return the lower triangle of ``matrix (d, d)`` row by row, ``(d (d + 1) / 2,)``, on the CPU.
 
-    The strict upper triangle is never read. Copying row slices is about as fast as cloning the matrix and 5 times
-    faster than indexing with ``torch.tril_indices``, which also needs 16 bytes of indices per entry.
+    The strict upper triangle is never read. Copying row slices is about as fast as cloning the matrix and, by
+    machine, 1.25 to 5 times faster than indexing with ``torch.tril_indices``, with its 16 bytes of indices per entry.
     """
     rows = matrix.detach().cpu().numpy()
     d = len(rows)
