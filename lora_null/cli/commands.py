@@ -1,4 +1,4 @@
-"""The commands that read a model or an adapter and write another: calibrate, export, merge."""
+"""The commands that read a model, covariances or an adapter and write another: calibrate, add, export, merge."""
 
 from __future__ import annotations
 
@@ -78,8 +78,10 @@ def calibrate(
 def _sources(data: Path | None, generate: int) -> str:
     """Say what the covariances cover, and what they may not."""
     own = "text that the model wrote"
-    if data is None or generate:
-        return own if data is None else f"{data} and {own}"
+    if data is None:
+        return own
+    if generate:
+        return f"{data} and {own}"
     return f"{data}. What is in no text is not protected: --generate 16384 adds {own}."
 
 

@@ -30,12 +30,7 @@ def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
     The values are rounded to bf16, so that a bf16 checkpoint loaded in fp32 is the same model. Quantised
     weights have no values to compare: ``None``.
     """
-    samples = []
-    for name, linear in linears.items():
-        samples.append(sample_of(name, linear))
-        if samples[-1] is None:
-            return None
-    return fingerprint_of(samples)
+    return fingerprint_of(sample_of(name, linear) for name, linear in linears.items())
 
 
 def fingerprint_of(samples: Iterable[bytes | None]) -> str | None:

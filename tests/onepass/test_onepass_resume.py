@@ -70,14 +70,19 @@ def die_at(monkeypatch, number):
     return calls
 
 
+def kill_at(monkeypatch, number, folder, **options):
+    """Start a run that dies there, and leave everything else as it was."""
+    with monkeypatch.context() as patch:
+        die_at(patch, number)
+        with pytest.raises(Killed):
+            start(folder, progress=False, **options)
+
+
 @pytest.mark.parametrize("number", range(1, 7))
 def test_every_layer_and_output(wanted, monkeypatch, number):
     folder, adapter, covariances = wanted
     keep = folder / "out.cov"
-    with monkeypatch.context() as patch:
-        die_at(patch, number)
-        with pytest.raises(Killed):
-            start(folder, keep_covariances=keep, progress=False)
+    kill_at(monkeypatch, number, folder, keep_covariances=keep)
     assert (folder / ".out.work" / "key.json").exists()
     start(folder, keep_covariances=keep, progress=False)
     assert contents(folder / "out") == adapter and keep.read_bytes() == covariances
@@ -88,10 +93,7 @@ def test_finished_layers_are_not_read_again(wanted, monkeypatch):
     from lora_null.models.shards import Shards
 
     folder, adapter, _ = wanted
-    with monkeypatch.context() as patch:
-        die_at(patch, 3)
-        with pytest.raises(Killed):
-            start(folder, progress=False)
+    kill_at(monkeypatch, 3, folder)
     read, original = [], Shards.read
     monkeypatch.setattr(Shards, "read", lambda self, name: read.append(name) or original(self, name))
     start(folder, progress=False)
@@ -103,10 +105,7 @@ def test_finished_layers_are_not_read_again(wanted, monkeypatch):
 @pytest.mark.parametrize("change", ["data", "config", "weights"])
 def test_another_run_is_refused(wanted, monkeypatch, change):
     folder, _, _ = wanted
-    with monkeypatch.context() as patch:
-        die_at(patch, 2)
-        with pytest.raises(Killed):
-            start(folder, progress=False)
+    kill_at(monkeypatch, 2, folder)
     options = {"data": {"data": batches(1)}, "config": {"config": LoraNullConfig(r=5)}}.get(change, {})
     if change == "weights":
         os.utime(folder / "model" / "model.safetensors")
@@ -117,10 +116,7 @@ def test_another_run_is_refused(wanted, monkeypatch, change):
 
 def test_damage_is_named_and_leftovers_without_a_key_are_dropped(wanted, monkeypatch):
     folder, adapter, _ = wanted
-    with monkeypatch.context() as patch:
-        die_at(patch, 3)
-        with pytest.raises(Killed):
-            start(folder, progress=False)
+    kill_at(monkeypatch, 3, folder)
     layer = folder / ".out.work" / "layer.0001.safetensors"
     whole = layer.read_bytes()
     layer.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -134,10 +130,7 @@ def test_damage_is_named_and_leftovers_without_a_key_are_dropped(wanted, monkeyp
 
 def test_hidden_states_that_are_cut_short_are_named(wanted, monkeypatch):
     folder, _, _ = wanted
-    with monkeypatch.context() as patch:
-        die_at(patch, 3)
-        with pytest.raises(Killed):
-            start(folder, progress=False)
+    kill_at(monkeypatch, 3, folder)
     hidden = folder / ".out.work" / "hidden.0002"
     assert json.loads((folder / ".out.work" / "hidden.0002.json").read_text())["dtype"] == "float32"
     hidden.write_bytes(hidden.read_bytes()[:-4])
