@@ -139,17 +139,17 @@ def figure(name: str, entries: list[dict]) -> str:
     if plain == "plots":
         return "\n".join(f"![{path.stem}](results/plots/{path.name})" for path in sorted(plots.FOLDER.glob("*.svg")))
     if plain == "retention":
-        found = retention.read(retention.RESULTS)
+        found = records.read_runs(retention.RESULTS)
         return fronts.table(found) or UNMEASURED.format(device="result", command="python -m benchmarks.retention")
     if plain == "row":
-        found = retention.read(row.RESULTS)
+        found = records.read_runs(row.RESULTS)
         return (
             row.table(found)
             if found
             else UNMEASURED.format(device="result", command="python -m benchmarks.retention.row")
         )
     if plain == "bayes":
-        text = tables.table(retention.read(bayes.RESULTS))
+        text = tables.table(records.read_runs(bayes.RESULTS))
         return text or UNMEASURED.format(device="result", command="python -m benchmarks.bayes")
     if plain in ("kept", "kept-best"):
         found = kept.finished(kept.read())
@@ -184,7 +184,7 @@ def regenerate(entries: list[dict], root: Path = ROOT) -> int:
     """Draw the plots, then rewrite every figure in the documents of the repository."""
     drawn = []
     plots.style()
-    for name, drawing in fronts.draw(retention.read(retention.RESULTS)):
+    for name, drawing in fronts.draw(records.read_runs(retention.RESULTS)):
         drawn.append(kept.IMAGES / f"{name}.svg")
         plots.save(drawing, drawn[-1])
     for path in [*plots.draw(entries), *kept.draw(kept.read()), *drawn]:

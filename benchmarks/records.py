@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_FILE = RESULTS / "measurements.jsonl"
@@ -62,23 +63,28 @@ def read(path: str | os.PathLike) -> tuple[list[dict], list[int]]:
 
     Damaged lines stay in the file: they are evidence, and cutting them out would rewrite what is sound.
     """
-    path = Path(path)
-    if not path.exists():
-        return [], []
     records, damaged = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            damaged.append(number)
-            continue
+    for number, record in _lines(Path(path)):
         if isinstance(record, dict) and "question" in record and "provider" in record:
             records.append(record)
         else:
             damaged.append(number)
     return records, damaged
+
+
+def read_runs(path: Path) -> list[dict]:
+    """Return the runs of a study's file; a line that a killed process left unfinished is no run."""
+    return [record for _, record in _lines(path) if record is not None]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line that is not blank; ``None`` where it is damaged."""
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, None
 
 
 def key(record: dict) -> tuple:

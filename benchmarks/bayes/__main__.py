@@ -11,7 +11,6 @@ from lora_null.quickstart import model as models
 from lora_null.system.environment import cache_folder
 
 from .. import records
-from ..retention.__main__ import read
 from . import __doc__ as purpose
 from .study import BEFORE, ENSEMBLE, METHODS, Bench, Run, Sizes
 from .tables import figures_of
@@ -46,7 +45,10 @@ def main() -> None:
     bench = Bench(MODEL.name, str(models.fetch_model()), arguments.knowledge, Sizes(), arguments.cache)
     for run in plan(bench.data, arguments.method or [*METHODS], arguments.seeds):
         frame = bench.frame(run)
-        if any(all(record.get(key) == value for key, value in frame.items()) for record in read(arguments.output)):
+        if any(
+            all(record.get(key) == value for key, value in frame.items())
+            for record in records.read_runs(arguments.output)
+        ):
             continue
         record = bench.run(run)
         records.append(arguments.output, record)

@@ -36,17 +36,6 @@ def plan(names: list[str], tasks: list[str], chosen: list[str] | None, seeds: in
                         yield Run(name, task, method, METHODS[method].learning_rates[rank], seed)
 
 
-def read(path: Path) -> list[dict]:
-    """Return the records of a results file; a line that a killed process left unfinished is no record."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 def key(record: dict) -> tuple:
     """Return what a record is of: a run that has one is not done again."""
     return tuple(json.dumps(record[field], sort_keys=True) for field in (*Run.__dataclass_fields__, "sizes", "data"))
@@ -82,7 +71,7 @@ def main() -> None:
             path = str(models.fetch_model(source=MODELS[run.model]))
             files = (arguments.knowledge, arguments.task)
             bench = Bench(run.model, path, run.task, files, sizes, arguments.cache)
-        known = {key(record) for record in read(arguments.output)}
+        known = {key(record) for record in records.read_runs(arguments.output)}
         todo = [Run(run.model, run.task, BEFORE, 0.0, 0), run]
         for each in todo:
             if key(bench.frame(each)) in known:

@@ -35,7 +35,6 @@ from lora_null.quickstart.facts import Fact, country_facts
 from lora_null.quickstart.training import IGNORED, Example, fine_tune
 
 from .. import environment, predictions, records
-from .__main__ import read
 
 RESULTS = records.RESULTS / "row.jsonl"
 TASKS = ("phone", "currency", "domain")
@@ -220,13 +219,13 @@ def main() -> None:
     row: Row | None = None
     for rank, seed, name in product(range(arguments.rates), range(arguments.seeds), arguments.method or METHODS):
         rate = METHODS[name].learning_rates[rank]
-        known = {(e["method"], e["learning_rate"], e["seed"]) for e in read(arguments.output)}
+        known = {(e["method"], e["learning_rate"], e["seed"]) for e in records.read_runs(arguments.output)}
         if (name, rate, seed) not in known:
             row = row or Row(str(models.fetch_model(source=models.SMOLLM2)), Sizes())
             record = row.run(name, rate, seed)
             records.append(arguments.output, record)
             print(name, rate, seed, record["stops"][-1], f"{record['seconds']:.0f} s", flush=True)
-    print(table(read(arguments.output)))
+    print(table(records.read_runs(arguments.output)))
 
 
 if __name__ == "__main__":
