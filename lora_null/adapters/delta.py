@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..models.layout import matrix_of
 from ..models.refusals import DIVERGED
 from ..models.weights import gathered, materialized
 from ..ops.reference import full_precision
@@ -71,7 +72,8 @@ def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float)
     An fp64 weight gets them in fp64.
     """
     with materialized(linear):
-        linear.weight.copy_(_shifted(linear.weight, lora_A, lora_B, factor))
+        weight = matrix_of(linear)
+        weight.copy_(_shifted(weight, lora_A, lora_B, factor))
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def require_shift(name: str, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, 
     A bound tells mostly, at the cost of reading: no entry of ``B A`` exceeds the norms of its row and column.
     """
     with materialized(linear):
-        weight = linear.weight
+        weight = matrix_of(linear)
         norms = _widened(lora_B).norm(dim=1).max(), _widened(lora_A).norm(dim=0).max(), weight.abs().max()
         rows, columns, largest = (float(gathered(norm)) for norm in norms)
         if largest + abs(factor) * rows * columns < torch.finfo(weight.dtype).max:

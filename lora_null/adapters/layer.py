@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .. import ops
+from ..models.layout import is_transposed, shape_of
 from ..models.quantised import allow_gradients, is_dense
 from ..models.refusals import Target
 from ..models.wrappers import STATE
@@ -160,9 +161,23 @@ def _whole_state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return own
 
 
+def _outputs(self: Any) -> int:
+    return shape_of(self)[0]
+
+
+def _inputs(self: Any) -> int:
+    return shape_of(self)[1]
+
+
 def _patched_class(base: type[nn.Linear]) -> type[LoraNullLinear]:
     if base not in _PATCHED:
-        members = {} if base.state_dict is nn.Module.state_dict else {"state_dict": _whole_state_dict}
+        members: dict[str, Any] = {}
+        if base.state_dict is not nn.Module.state_dict:
+            members["state_dict"] = _whole_state_dict
+        if is_transposed(base.__new__(base)):
+            # It is an nn.Linear now, and says its sizes as those do.
+            members |= {"out_features": property(_outputs), "in_features": property(_inputs)}
+            members["__repr__"] = nn.Module.__repr__
         patched = type(f"LoraNull{base.__name__}", (LoraNullLinear, base), members)
         try:
             base.__new__(base).__class__ = patched
@@ -220,10 +235,11 @@ def attach_adapter(
             "freshly loaded model."
         )
     shape = (lora_A if isinstance(lora_A, Tensor) else lora_A.weight).shape
-    if (tuple(shape), tuple(lora_B.shape)) != ((shape[0], linear.in_features), (linear.out_features, shape[0])):
+    m, d = shape_of(linear)
+    if (tuple(shape), tuple(lora_B.shape)) != ((shape[0], d), (m, shape[0])):
         raise ValueError(
-            f"Factors of shape {tuple(shape)} and {tuple(lora_B.shape)} do not fit a linear layer of "
-            f"{linear.in_features} inputs and {linear.out_features} outputs: expected (r, d) and (m, r)."
+            f"Factors of shape {tuple(shape)} and {tuple(lora_B.shape)} do not fit a linear layer of {d} inputs and "
+            f"{m} outputs: expected (r, d) and (m, r)."
         )
     for parameter in linear.parameters():
         parameter.requires_grad_(False)

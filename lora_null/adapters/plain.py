@@ -37,10 +37,8 @@ def require_plain(path: Path, config: Mapping[str, Any]) -> None:
             f"lora_alpha={alpha!r}; expected a LoRA adapter. Load it with PEFT."
         )
     special = [key for key in _SPECIAL if config.get(key)]
-    if special or config.get("bias", "none") not in BIASES or config.get("fan_in_fan_out"):
-        raise ValueError(
-            f"{path} sets {special or ['bias or fan_in_fan_out']}; expected plain LoRA. Load it with PEFT."
-        )
+    if special or config.get("bias", "none") not in BIASES:
+        raise ValueError(f"{path} sets {special or ['bias']}; expected plain LoRA. Load it with PEFT.")
     if start := shifting_start(config.get("init_lora_weights")):
         raise ValueError(
             f"{path} has init_lora_weights={start!r}: the adapter belongs to a base that PEFT shifted "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import LoraNullConfig
 from ..models.arguments import PATH, takes
+from ..models.layout import is_transposed
 from ..models.weights import is_distributed
 from ..models.wrappers import plain_name, unwrapped
 from ..system.distributed import in_first_process
@@ -98,11 +99,14 @@ def described(
 ) -> Adapter:
     """Return the adapter of these factors on ``model``: layers and model by the names that readers know."""
     # Readers match endings against all modules: a convolution of the same ending must not get an adapter there.
-    names = [plain_name(name) for name, _ in model.named_modules()]
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    if all(is_transposed(modules[name]) for name in factors):
+        # PEFT finds out by itself, with a warning for every layer.
+        extras = replace(extras, settings={**extras.settings, "fan_in_fan_out": True})
     own_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return Adapter(
         factors,
-        short_names(names, factors),
+        short_names(modules, factors),
         base_model_name_or_path or published_name(own_name),
         _task_type(model),
         state,

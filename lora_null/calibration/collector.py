@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..covariances.packed import DenseMatrices, PackedMatrices, unpack_lower
+from ..models.layout import shape_of
 from ..ops.covariance import symmetrize_
 from ..system.distributed import add_up, exchange
 from .accumulator import Accumulator, Placement, Sum
@@ -50,7 +51,7 @@ class Collector:
     ):
         self.sides = sides
         self.linears, self.placement = linears, placement
-        self.widths = {name: linear.in_features for name, linear in linears.items()}
+        self.widths = {name: shape_of(linear)[1] for name, linear in linears.items()}
         self.flush_every = flush_every
         self.shared = SharedInputs(share_inputs)
         self.accumulator = Accumulator(placement)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..models.layout import is_linear, shape_of
 from .accumulator import Placement
 from .probe import Probe
 
@@ -136,10 +137,7 @@ def plan_layerwise(
     if moves_weights and placement.compute:
         weights = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layer_modules)
         items.append(Item("weights of one layer", placement.compute, weights))
-        width = max(
-            sum(m.in_features + m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
-            for layer in layer_modules
-        )
+        width = max(sum(sum(shape_of(m)) for m in layer.modules() if is_linear(m)) for layer in layer_modules)
         itemsize = max(shape.dtype.itemsize for shape in seen.inputs.values())
         items.append(Item("activations of one layer, at most", placement.compute, largest_batch * width * itemsize))
     items.append(Item("hidden states of all batches", hidden_device, hidden_bytes))

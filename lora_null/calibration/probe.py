@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..models.layout import shape_of
 from .shared_inputs import SharedInputs
 from .watching import watching
 
@@ -58,6 +59,6 @@ def unprobed(linears: Mapping[str, nn.Linear]) -> Probe:
     """Assume that no two layers share an input: the most that calibration can need."""
     return Probe(
         {name: (name,) for name in linears},
-        {name: SeenInput(m.in_features, m.weight.device, m.weight.dtype) for name, m in linears.items()},
+        {name: SeenInput(shape_of(m)[1], m.weight.device, m.weight.dtype) for name, m in linears.items()},
         tuple(linears),
     )

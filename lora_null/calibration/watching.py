@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.layout import matrix_of, shape_of
 from ..models.quantised import is_dense
 
 # Between the output of a layer and x W^T. Weights that are rounded to three values on the way, as in BitNet, leave 0.9
@@ -60,14 +61,14 @@ def watching(
 
 def mismatch(linear: nn.Linear, x: Tensor, output: Any) -> str | None:
     """Say why ``output`` is not what a linear layer makes of ``x (..., d)``; ``None`` if it may be."""
-    expected = (*x.shape[:-1], linear.out_features)
+    expected = (*x.shape[:-1], shape_of(linear)[0])
     if not isinstance(output, Tensor):
         return f"it returns a {type(output).__name__}, where x W^T is a tensor"
     if not output.is_floating_point() or output.shape != expected:
         return f"it returns {output.dtype} {tuple(output.shape)}, where x W^T is {tuple(expected)}"
     if not is_dense(linear):
         return None
-    weight = linear.weight
+    weight = matrix_of(linear)
     if hasattr(weight, "full_tensor") or weight.device != x.device or x.is_meta:
         return None
     rows, outputs = (part.reshape(-1, part.shape[-1])[:_ROWS].float() for part in (x, output))

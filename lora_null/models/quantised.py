@@ -11,24 +11,19 @@ from torch import Tensor, nn
 
 from ..system.log import warn_once
 from ..system.tensors import PLAIN_TENSORS
+from .layout import matrix_of, shape_of
 
 # The attribute of bitsandbytes' Linear4bit that lets its forward repack the weight.
 _REPACKS = "support_avx512bf16_for_cpu"
 
 
-def is_linear(module: Any) -> bool:
-    """Tell whether a module is a linear layer: torch's, or a quantised one of its own kind, as HQQ's are."""
-    named = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
-    return isinstance(module, nn.Linear) or (named and callable(getattr(module, "dequantize", None)))
-
-
 def is_dense(linear: nn.Linear) -> bool:
-    """Tell whether the weight is a floating-point matrix ``(m, d)`` of torch's own, whole or sharded (``DTensor``)."""
+    """Tell whether the weight is a floating-point matrix of torch's own, whole or sharded (``DTensor``)."""
     weight = getattr(linear, "weight", None)
     if weight is None:
         return False
     known = type(weight) in PLAIN_TENSORS or hasattr(weight, "full_tensor")
-    return known and weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features)
+    return known and weight.is_floating_point() and matrix_of(linear).shape == shape_of(linear)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layout import shape_of
 from .quantised import is_dense
 from .weights import gathered
 
@@ -34,12 +35,12 @@ class Target:
     @property
     def d(self) -> int:
         """Number of inputs."""
-        return self.linear.in_features
+        return shape_of(self.linear)[1]
 
     @property
     def m(self) -> int:
         """Number of outputs."""
-        return self.linear.out_features
+        return shape_of(self.linear)[0]
 
     @property
     def _weight(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..system.log import logger, warn_once
-from .quantised import is_linear
+from .layout import is_linear
 from .refusals import Target
 
 # Heads of classifiers, under the names that PEFT knows.
@@ -26,7 +26,7 @@ class Survey:
 
     Attributes:
         model: The model.
-        linears: Every linear layer, subclasses of ``nn.Linear`` and quantised layers of other kinds too, by name and in
+        linears: Every linear layer, ``Conv1D``, subclasses and quantised layers of other kinds too, by name and in
             the model's own order; PEFT's factors aside, which are linear layers too: only what they adapt counts.
         heads: Names of the modules of the output head.
         stacks: Matrices stacked into one parameter, as transformers 5 keeps a layer's experts: name to size.
@@ -86,8 +86,8 @@ class Survey:
         if not set(linears) - heads:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer to adapt (found {len(linears)}, output heads aside). "
-                "Expected a model built of torch.nn.Linear: layers of other kinds (GPT-2's Conv1D, experts fused into "
-                "one parameter, layers replaced by another library) cannot be adapted."
+                "Expected a model built of torch.nn.Linear or GPT-2's Conv1D: layers of other kinds (experts fused "
+                "into one parameter, layers replaced by another library) cannot be adapted."
             )
         if target_modules == ALL_LINEAR:
             _warn_of_stacks(model, stacks)

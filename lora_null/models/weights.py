@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layout import matrix_of
 from .quantised import dequantised, is_dense
 
 
@@ -49,7 +50,7 @@ def materialized(module: nn.Module) -> Iterator[None]:
 
 def dense_weight(linear: nn.Linear) -> Tensor:
     """Return the weight ``(m, d)`` as a floating-point tensor: dequantised, gathered; call inside ``materialized``."""
-    return gathered(linear.weight).detach() if is_dense(linear) else dequantised(linear)
+    return gathered(matrix_of(linear)).detach() if is_dense(linear) else dequantised(linear)
 
 
 def home_of(linear: nn.Linear) -> torch.device:

@@ -18,6 +18,7 @@ from ..calibration.memory import Item, MemoryPlan, readable
 from ..calibration.memory_plan import inputs_on_meta, plan_for
 from ..calibration.probe import Probe
 from ..config import LoraNullConfig
+from ..models.layout import shape_of
 from ..models.shards import size_of
 from ..solver.null_space import workspace
 from .walk import outside_of
@@ -99,9 +100,7 @@ def plan_one_pass(
             Item(f"buffers of the libraries, {threads} threads", device, threads * _BUFFERS),
         ),
     )
-    numbers = sum(
-        config.rank_of(n) * (m.in_features + m.out_features) for n, m in job.linears.items() if n not in seen.left_out
-    )
+    numbers = sum(config.rank_of(n) * sum(shape_of(m)) for n, m in job.linears.items() if n not in seen.left_out)
     stored = (2 if config.train == "ab" else 1) * numbers * 4
     # read from their files, padded to one rank
     writing = MemoryPlan("the adapter is written", (Item("its factors, twice", torch.device("cpu"), 2 * stored),))

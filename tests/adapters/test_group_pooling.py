@@ -289,7 +289,8 @@ def test_what_does_not_go_together_is_refused_before_anything_changes(llama, cal
 def test_a_model_of_no_library_needs_no_weight(llama):
     """What is asked of a layer is asked by its sizes where it keeps its weight under no name."""
     layer = types.SimpleNamespace(in_features=3, out_features=2, dequantize=lambda: None)
-    from lora_null.models.quantised import is_dense, is_linear
+    from lora_null.models.layout import is_linear
+    from lora_null.models.quantised import is_dense
 
     assert is_linear(layer) and not is_dense(layer)
     assert not is_linear(nn.LayerNorm(3)) and not is_linear(types.SimpleNamespace(in_features=3, dequantize=print))

@@ -43,8 +43,23 @@ BOTH_SIDES = {
 }
 IMAGES = {**ATTENTION, "intermediate_size": 48, "image_size": 16, "patch_size": 4}
 
+# Weights are stored transposed (Conv1D).
+GPT = {
+    "vocab_size": WORDS,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 # class, configuration, its values, number of adapted layers
 MODELS = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT, 8),
+    "openai_gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", GPT, 8),
+    "imagegpt": ("ImageGPTForCausalImageModeling", "ImageGPTConfig", {**GPT, "vocab_size": WORDS + 1}, 8),
+    "gpt2_classifier": ("GPT2ForSequenceClassification", "GPT2Config", {**GPT, "pad_token_id": 0, "num_labels": 2}, 8),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER, 14),  # biases
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "head_dim": 8}, 14),  # two kinds of attention
     "phi3": ("Phi3ForCausalLM", "Phi3Config", DECODER, 8),  # qkv_proj, gate_up_proj
@@ -124,6 +139,9 @@ MODELS = {
 }
 
 
+CLASSIFIERS = ("bert", "llama", "gpt2_classifier")
+
+
 def make(kind):
     name, config, values, _ = MODELS[kind]
     torch.manual_seed(0)
@@ -144,7 +162,7 @@ def batch(kind, seed):
         return {"input_ids": ids, "pixel_values": pixels, "return_loss": True}
     if kind == "whisper":
         return {"input_features": torch.randn(4, 8, 16, generator=generator), "labels": ids}
-    return {"input_ids": ids, "labels": classes if kind in ("bert", "llama") else ids}
+    return {"input_ids": ids, "labels": classes if kind in CLASSIFIERS else ids}
 
 
 def outputs(model, kind):

@@ -13,7 +13,8 @@ import lora_null
 import lora_null.peft as lora_null_peft
 from lora_null import LoraNullConfig
 from lora_null.adapters.layer import adapter_layers, attach_adapter
-from lora_null.models.quantised import dequantised, is_linear
+from lora_null.models.layout import is_linear
+from lora_null.models.quantised import dequantised
 from lora_null.models.zero_points import zero_points
 from lora_null.solver.pooling import ordinary
 
