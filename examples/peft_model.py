@@ -35,4 +35,5 @@ for batch in learn:
     optimizer.step()
     optimizer.zero_grad()
 lora_null.peft.save_adapter(model, args.output)
-resumed = lora_null.peft.load_trainable(AutoModelForCausalLM.from_pretrained(args.model), args.output)  # A is frozen
+base = AutoModelForCausalLM.from_pretrained(args.model)
+resumed = lora_null.peft.load_trainable(base, args.output, covariances=covariances)  # A stays in its directions

@@ -13,7 +13,7 @@ TRAIN = {"b": True, "b_in_basis": False, "ab": False}
 BASIS_DTYPES = ("float32", "bfloat16", "float64")
 # Retention and learning are best from 0.95 on (arXiv 2609.25618, table of ablations), where a third of the directions
 # is free.
-_ENERGY = 0.99
+ENERGY = 0.99
 
 
 def _is_number(value) -> bool:
@@ -66,13 +66,14 @@ class LoraNullConfig:
         use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
         modules_to_save: Suffixes of modules that train as they are, such as a new classification head; they get no
             adapters, and go into the adapter's file whole.
-        train: What learns. ``"b"``, the default: ``lora_B``. ``"b_in_basis"``: ``lora_B`` and ``lora_A``, whose rows
-            stay in the free directions (Null-Basis LoRA, arXiv 2609.25618): ``A = C N^T`` with ``C`` trained. With both
-            the base weights are untouched, the update leaves alone what is protected whatever the optimiser does, and
-            the adapter is an ordinary one of rank ``r``. ``"ab"`` trains both factors freely on a shifted base: no such
-            guarantee, and an export of rank ``2 r``.
+        train: What learns. ``"b_in_basis"``, the default: ``lora_B`` and ``lora_A``, whose rows stay in the free
+            directions (Null-Basis LoRA, arXiv 2609.25618): ``A = C N^T`` with ``C`` trained. ``"b"``: ``lora_B`` alone.
+            With both the base weights are untouched, the update leaves alone what is protected whatever the optimiser
+            does, and the adapter is an ordinary one of rank ``r``. ``"ab"`` trains both factors freely on a shifted
+            base: no such guarantee, and an export of rank ``2 r``.
         energy: Share of the activations' energy to protect, in ``[0, 1)``: the directions beyond it are free, a number
-            that differs between layers. ``None``: 0.99 for ``"b_in_basis"``, else the ``r`` least used directions.
+            that differs between layers; fewer than ``r`` are refused. ``None``: for ``"b_in_basis"`` 0.99, or less in
+            a layer where only that leaves ``r`` directions; else the ``r`` least used directions are free.
         basis_dtype: Of the free directions in memory: ``"float32"``, ``"float64"``, or ``"bfloat16"`` for half the
             memory and about ``2^-9`` of A's length in the protected directions.
         group_pooling: QA-LoRA (arXiv 2309.14717): the adapter reads the mean of each group of so many inputs, and
@@ -94,8 +95,8 @@ class LoraNullConfig:
     alpha_pattern: Mapping[str, float] | None = helped("NAME=ALPHA likewise.", None, hash=False)
     use_rslora: bool = helped("Scale by lora_alpha / sqrt(r).", False)
     modules_to_save: Sequence[str] | None = helped("Modules that train whole, such as a head.", None)
-    train: str | None = helped("b (default), b_in_basis or ab: what learns.", None)
-    energy: float | None = helped("Share to protect; b_in_basis: 0.99.", None)
+    train: str | None = helped("b_in_basis (default), b or ab: what learns.", None)
+    energy: float | None = helped("Share to protect; default in a basis: 0.99.", None)
     basis_dtype: str = helped("Of the free directions: float32, bfloat16, float64.", "float32")
     group_pooling: int | str | None = helped("Inputs read as their mean, or auto.", None)
 
@@ -124,20 +125,21 @@ class LoraNullConfig:
         self._check_pattern("alpha_pattern", _is_alpha, "positive numbers")
 
     def _check_training(self) -> None:
-        """Bring ``train`` and ``freeze_a`` to one answer, and ``energy`` to its default."""
+        """Bring ``train`` and ``freeze_a`` to one answer."""
         if not isinstance(self.freeze_a, bool | None):
             raise ValueError(f"freeze_a is {self.freeze_a!r}; expected True, False or None.")
         if self.train not in (None, *TRAIN):
             raise ValueError(f"train is {self.train!r}; expected one of {', '.join(TRAIN)}.")
-        train = self.train or ("ab" if self.freeze_a is False else "b")
+        train = self.train or {True: "b", False: "ab", None: "b_in_basis"}[self.freeze_a]
         if self.freeze_a not in (None, TRAIN[train]):
             raise ValueError(
                 f"freeze_a is {self.freeze_a!r} beside train={train!r}, which means {TRAIN[train]}; expected one of "
                 "the two. Give train, and freeze_a=None where a configuration is changed by dataclasses.replace."
             )
-        energy = _ENERGY if self.energy is None and train == "b_in_basis" else self.energy
-        if energy is not None and not (_is_number(energy) and 0 <= energy < 1):
-            raise ValueError(f"energy is {energy!r}; expected a share in [0, 1), for instance energy=0.99, or None.")
+        if self.energy is not None and not (_is_number(self.energy) and 0 <= self.energy < 1):
+            raise ValueError(
+                f"energy is {self.energy!r}; expected a share in [0, 1), for instance energy=0.99, or None."
+            )
         if self.basis_dtype not in BASIS_DTYPES:
             raise ValueError(f"basis_dtype is {self.basis_dtype!r}; expected one of {', '.join(BASIS_DTYPES)}.")
         L = self.group_pooling
@@ -149,8 +151,8 @@ class LoraNullConfig:
                 "base is shifted; expected train='b', or 'b_in_basis' for an A that learns (energy=0: in all "
                 "directions, as QA-LoRA has it)."
             )
-        for name, value in (("train", train), ("freeze_a", TRAIN[train]), ("energy", energy)):
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "train", train)
+        object.__setattr__(self, "freeze_a", TRAIN[train])
 
     def _check_choices(self) -> None:
         """Bring what narrows the choice of layers into one form: a regular expression, a tuple, or ``None``."""
@@ -205,6 +207,11 @@ class LoraNullConfig:
     def scaling(self) -> float:
         """The factor ``s`` in ``y = x W^T + s (x A^T) B^T`` of the layers that no pattern names."""
         return self._scaling(self.r, self.lora_alpha)
+
+    @property
+    def protected(self) -> float | None:
+        """Share of the energy that is protected; ``None``: whatever the ``r`` least used directions leave."""
+        return ENERGY if self.energy is None and self.train == "b_in_basis" else self.energy
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the adapter on the module ``name``."""

@@ -166,7 +166,7 @@ def _seconds(device: torch.device, run: Callable[[], Result]) -> tuple[float, Re
 def _ours(case: Case, inputs: Inputs) -> Call:
     import lora_null
 
-    config = lora_null.LoraNullConfig(r=case["r"])
+    config = lora_null.LoraNullConfig(r=case["r"], train="b")
     phases: dict[str, float] = {}
     factors: dict[str, Tensor] = {}
     device = inputs.model.device

@@ -159,8 +159,8 @@ def corda(model: Any, start: Start) -> nn.Module:
 
 
 def lora_null_frozen(model: Any, start: Start) -> nn.Module:
-    """LoRA-Null with A frozen, our default."""
-    return _ours(model, start)
+    """LoRA-Null with A frozen."""
+    return _ours(model, start, train="b")
 
 
 def lora_null_trained(model: Any, start: Start) -> nn.Module:
@@ -170,7 +170,7 @@ def lora_null_trained(model: Any, start: Start) -> nn.Module:
 
 def lora_null_task(model: Any, start: Start) -> nn.Module:
     """A frozen in the directions that the task uses most, of those beyond 99 % of the energy."""
-    return _ours(model, start, task=_task(model, start), energy=0.99)
+    return _ours(model, start, task=_task(model, start), train="b", energy=0.99)
 
 
 def null_basis(model: Any, start: Start, energy: float = 0.99) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,11 @@ from ..covariances.covariances import Covariances
 from ..models.identity import fingerprint
 from ..models.refusals import Target
 from ..solver.factorize import factors_of
-from ..solver.null_basis import null_basis, sufficient_energy
-from ..solver.null_space import NullSpace
-from ..solver.null_spaces import null_spaces
-from ..solver.pooling import pool_covariance, spread
-from ..system.distributed import announcing_failure, divide, gather
+from ..solver.pooling import spread
+from ..system.distributed import announcing_failure
 from ..system.log import logger
 from .basis import FreeDirections
+from .spaces import Free, find_free, find_spaces, read, require_enough
 
 
 @dataclass(frozen=True)
@@ -87,18 +84,23 @@ def start_factors(
             linears[name].require_rank(r, L)
             if config.train == "ab":
                 linears[name].require_writable("freeze_a=False")
-        options: dict[str, Any] = {"method": method, "seed": config.seed}
+        of_task = None
         if task is not None:
             own = _checked_groups(linears, ranks, task, aliases, verify_base, "task covariances")
-            names_of_task = {keys[name]: key for name, key in own.items()}
-            options["task"] = _Renamed(task, names_of_task, L)
-    free, directions, shares = _free(covariances, ranks, keys, config, progress)
-    if task is not None or directions:
-        options["energy"] = config.energy
-    wanted: dict[str, int] = {}
-    for name, r in ranks.items():
-        wanted[keys[name]] = max(wanted.get(keys[name], 0), r)
-    spaces, energies = _solve(covariances, wanted, options, L, progress=progress)
+            of_task = _Renamed(task, {keys[name]: key for name, key in own.items()}, L)
+    largest = _largest(ranks, keys)
+    free = find_free(covariances, largest, config, progress=progress)
+    require_enough(free, ranks, keys, config.energy)
+    spaces, energies = find_spaces(
+        covariances,
+        largest,
+        free,
+        {"method": method, "seed": config.seed},
+        task=of_task,
+        energy=config.protected,
+        group_pooling=L,
+        progress=progress,
+    )
     base_fingerprint = fingerprint({name: linears[name].linear for name in ranks})
     factors = {}
     for name, r in tqdm(ranks.items(), "factorise", unit="layer", disable=not progress):
@@ -117,7 +119,8 @@ def start_factors(
             len(idle),
             idle[0],
         )
-    return Start(factors, base_fingerprint, shares if directions else energies, free, directions)
+    counts = {key: found.k for key, found in free.items()}
+    return Start(factors, base_fingerprint, energies, counts, _by_layer(free, keys))
 
 
 def directions_of(
@@ -135,7 +138,21 @@ def directions_of(
         keys = _checked_groups(linears, ranks, covariances, aliases, verify_base)
         for name, r in ranks.items():
             linears[name].require_rank(r, config.group_pooling)
-    return _free(covariances, ranks, keys, config, progress)[1]
+    free = find_free(covariances, _largest(ranks, keys), config, progress=progress)
+    require_enough(free, ranks, keys, config.energy)
+    return _by_layer(free, keys)
+
+
+def _largest(ranks: Mapping[str, int], keys: Mapping[str, str]) -> dict[str, int]:
+    """Return the largest rank of each sharing group."""
+    largest: dict[str, int] = {}
+    for name, r in ranks.items():
+        largest[keys[name]] = max(largest.get(keys[name], 0), r)
+    return largest
+
+
+def _by_layer(free: Mapping[str, Free], keys: Mapping[str, str]) -> dict[str, FreeDirections]:
+    return {name: held for name, key in keys.items() if key in free and (held := free[key].directions) is not None}
 
 
 def _even(A: Tensor, L: int) -> Tensor:
@@ -149,72 +166,13 @@ class _Renamed(Mapping[str, Tensor]):
         self._covariances, self._names, self._pooling = covariances, names, group_pooling
 
     def __getitem__(self, key: str) -> Tensor:
-        return _read(self._covariances[self._names[key]], self._pooling)
+        return read(self._covariances[self._names[key]], self._pooling)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _read(C: Tensor, group_pooling: int | None) -> Tensor:
-    """Return the covariance of what A reads."""
-    return C if group_pooling is None else pool_covariance(C, group_pooling)
-
-
-def _free(
-    covariances: Covariances,
-    ranks: Mapping[str, int],
-    keys: Mapping[str, str],
-    config: LoraNullConfig,
-    progress: bool,
-) -> tuple[dict[str, int], dict[str, FreeDirections], dict[str, float]]:
-    """Return the number of free directions and their share of the energy by group, and by layer the directions."""
-    if config.energy is None:
-        return {}, {}, {}
-    keeps, least = config.train == "b_in_basis", {keys[name]: r for name, r in sorted(ranks.items(), key=_rank)}
-    L = config.group_pooling
-    assert not isinstance(L, str)
-    found: dict[str, tuple[int, float, float, FreeDirections | None]] = {}
-    with announcing_failure():
-        mine = divide({key: covariances.size(key) ** 3 for key in least})
-        for key in tqdm(mine, "free directions", unit="matrix", disable=not progress):
-            try:
-                C = covariances[key]
-                free = null_basis(_read(C, L), config.energy)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-            dtype = getattr(torch, config.basis_dtype)
-            held = FreeDirections(free, dtype=dtype, group_pooling=L) if keeps else None
-            enough = sufficient_energy(free.eigenvalues, least[key])
-            found[key] = free.k, max(free.energy_left, 0.0) / _trace(C), enough, held
-    found = gather(found)
-    few = {name: found[keys[name]][0] for name, r in ranks.items() if found[keys[name]][0] < r}
-    if few:
-        enough = min(found[keys[name]][2] for name in few)
-        shown = ", ".join(f"{name} (r={ranks[name]}) {k}" for name, k in list(few.items())[:5])
-        raise ValueError(
-            f"energy={config.energy} leaves fewer directions free than the rank in {len(few)} of {len(ranks)} layers: "
-            f"{shown}{', ...' if len(few) > 5 else ''}. Lower it to energy={enough}, lower "
-            f"r, or ask for smaller ranks there: rank_pattern={dict(list(few.items())[:5])}."
-        )
-    counts = {key: entry[0] for key, entry in found.items()}
-    parts = sorted(k * (L or 1) / covariances.size(key) for key, k in counts.items())
-    logger.info(
-        "energy=%s leaves %.1f %% to %.1f %% of the directions free, in half of the %d groups at least %.1f %%.",
-        *(config.energy, 100 * parts[0], 100 * parts[-1], len(parts), 100 * parts[len(parts) // 2]),
-    )
-    directions = {name: held for name in ranks if (held := found[keys[name]][3]) is not None}
-    return counts, directions, {key: entry[1] for key, entry in found.items()}
-
-
-def _rank(item: tuple[str, int]) -> int:
-    return item[1]
-
-
-def _trace(C: Tensor) -> float:
-    return float(C.diagonal().sum(dtype=torch.float64))
 
 
 def _checked_groups(
@@ -274,35 +232,3 @@ def require_these_weights(
             "verify_base=False (--no-verify-base) if the difference is intended: covariances from before an earlier "
             "adapter was merged, or a base that was rounded to float16, say."
         )
-
-
-def _solve(
-    covariances: Covariances,
-    ranks: Mapping[str, int],
-    options: Mapping[str, Any],
-    group_pooling: int | None,
-    *,
-    progress: bool,
-) -> tuple[dict[str, NullSpace], dict[str, float]]:
-    """Return, by key of a sharing group, the null spaces of the given ranks and their shares of the energy."""
-    spaces: dict[str, NullSpace] = {}
-    energies: dict[str, float] = {}
-    traces: dict[str, float] = {}
-
-    def matrices(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for key in keys:
-            C = covariances[key]
-            traces[key] = _trace(C)
-            yield key, _read(C, group_pooling)
-
-    for r in sorted(set(ranks.values())):
-        keys = [key for key, rank in ranks.items() if rank == r]
-        with announcing_failure():
-            mine = divide({key: covariances.size(key) ** 3 for key in keys})
-            solved = dict(null_spaces(matrices(mine), r, progress=progress, **options))
-        # Rounding can leave a singular matrix with a sum a little below zero.
-        for key, (space, energy) in gather(
-            {key: (space, max(space.energy, 0.0) / traces[key]) for key, space in solved.items()}
-        ).items():
-            spaces[key], energies[key] = space, energy
-    return spaces, energies

@@ -44,8 +44,8 @@ def memory_plan(
     Args:
         model: The model.
         batch: One batch.
-        config: As for :func:`calibrate`, like the other arguments. With ``train="b_in_basis"`` the plan says also what
-            the free directions take in training.
+        config: As for :func:`calibrate`, like the other arguments. Where it is given and A learns within the free
+            directions, the plan says also what these take in training.
         tokens: ``B L`` summed over all batches, padding included; needed with ``low_memory``.
         device: See :func:`calibrate`.
         offload: See :func:`calibrate`.
@@ -71,12 +71,11 @@ def memory_plan(
         accumulate=accumulate,
         share_inputs=share_inputs,
     )
-    config = config or LoraNullConfig()
-    job = Job.of(uncompiled(model), config, options)
+    job = Job.of(uncompiled(model), config or LoraNullConfig(), options)
     first = job.reader.read(batch, 0)
     with evaluating(job.model):
         plan, seen = plan_for(job, [first], tokens=tokens or first.positions)
-    if config.train != "b_in_basis":
+    if config is None or config.train != "b_in_basis":
         return plan
     # "auto" is known with the covariances only; unpooled, the directions take no less.
     pooling = config.group_pooling if isinstance(config.group_pooling, int) else 1

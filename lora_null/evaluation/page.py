@@ -201,7 +201,7 @@ def _facts(
     }
     if adapter.state is not None:
         config = adapter.state.config
-        share = f"beyond {100 * config.energy:g} % of the energy" if config.energy is not None else "the least used"
+        share = "the least used" if config.protected is None else f"beyond {100 * config.protected:g} % of the energy"
         facts |= {
             "Directions": f"{share}; rank {config.r}" + (", others by pattern" if config.rank_pattern else ""),
             "Scaling": f"lora_alpha {config.lora_alpha or config.r:g}" + (", rsLoRA" if config.use_rslora else ""),

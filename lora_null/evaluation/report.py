@@ -182,7 +182,7 @@ def adapter_report(
         "layers": len(factors),
         "parameters": sum(a.numel() + b.numel() for a, b in factors.values()),
         "dtype": str(next(iter(factors.values()))[0].dtype).removeprefix("torch."),
-        "freeze_a": state.config.freeze_a if state else None,
+        "train": state.config.train if state else None,
         "written_by": f"lora_null {state.version}" if state else None,
     }
     return summary, rows

@@ -33,7 +33,7 @@ else:
         """The keys that the plugin adds to axolotl's configuration."""
 
         lora_null_covariances: str | None = Field(None, description="File from lora-null calibrate on base_model.")
-        lora_null_train: str = Field("b", description="What learns: b, b_in_basis or ab, as in LoraNullConfig.")
+        lora_null_train: str = Field("b_in_basis", description="What learns: b_in_basis, b or ab.")
         lora_null_energy: float | None = Field(None, description="Share of the activations' energy to protect.")
         lora_null_task: str | None = Field(None, description="Covariances of the task, which choose among directions.")
         lora_null_freeze_a: bool | None = Field(None, description="Short for lora_null_train: b, and for ab.")

@@ -20,6 +20,7 @@ from ..models.loading import load_tokenizer
 from ..models.settings import Loading
 from ..system.distributed import rank_and_size
 from ..system.files import require_writable
+from ..system.log import logger
 from .run import OnePass
 
 
@@ -124,6 +125,12 @@ def prepare(
         raise ValueError(
             f"There are {rank_and_size()[1]} processes; expected one, which reads one layer after another. Divide the "
             "work with lora_null.calibrate and lora_null.initialize, or run this in a process of its own."
+        )
+
+    if config.train == "b_in_basis" and keep is None:
+        logger.warning(
+            "The adapter starts within its free directions and, with train='b_in_basis', learns there only beside the "
+            "covariances, which are not kept: pass keep_covariances (--keep-covariances FILE), or take train='b'."
         )
 
     def read(hollow: Any) -> Any:

@@ -115,10 +115,11 @@ def _width(model: nn.Module, seen: Probe, name: str) -> int:
 
 def _solving(seen: Probe, config: LoraNullConfig, name: str, layers: Sequence[nn.Module], threads: int) -> int:
     """Return the bytes that the solves of a layer take at most."""
-    most = 0
+    most, whole = 0, config.protected is not None
     for number in range(len(layers)):
         each = sorted(
-            workspace(shape.d, max(map(config.rank_of, seen.groups[key])), direct=config.energy is not None)
+            # how many directions are free is known when they are
+            workspace(shape.d, shape.d // 2 if whole else max(map(config.rank_of, seen.groups[key])), direct=whole)
             for key, shape in seen.inputs.items()
             if key.startswith(f"{name}.{number}.")
         )

@@ -54,11 +54,11 @@ def initialize_lora_null_weights(
 ) -> Model:
     """Overwrite the LoRA weights of ``peft_model`` with a LoRA-Null start.
 
-    With ``train="b"``, the default, the base is untouched, ``lora_A`` is the null-space factor and stays frozen through
-    ``set_adapter`` and ``disable_adapter``, and ``lora_B`` is zero: an exact no-op, on a quantised base too. So it is
-    with ``"b_in_basis"``, where ``lora_A`` is a layer whose ``weight`` is made of coefficients and learns within the
-    free directions. With ``"ab"`` the base weights are shifted in place: ``disable_adapter`` and further adapters then
-    see the shifted base. What is saved fits the untouched base in all modes, by :func:`save_adapter` as by the model's
+    With ``train="b_in_basis"``, the default, the base is untouched, ``lora_A`` is a layer whose ``weight`` is made of
+    coefficients and learns within the free directions, and ``lora_B`` is zero: an exact no-op, on a quantised base too.
+    So it is with ``"b"``, where ``lora_A`` is the null-space factor and stays frozen through ``set_adapter`` and
+    ``disable_adapter``. With ``"ab"`` the base is shifted in place: ``disable_adapter`` and further adapters then see
+    the shifted one. What is saved fits the untouched base in all modes, by :func:`save_adapter` as by the model's
     own ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
 
     What the ``LoraConfig`` adds to LoRA on linear layers is left as PEFT starts it: ``lora_bias``, adapters on

@@ -79,4 +79,4 @@ def freeze(layer: Any, adapter_name: str) -> None:
     frozen = dict(layer.frozen_peft_weight_names)
     frozen[adapter_name] = tuple(dict.fromkeys((*frozen.get(adapter_name, ()), "lora_A")))
     layer.frozen_peft_weight_names = frozen
-    layer.lora_A[adapter_name].weight.requires_grad_(False)
+    layer.lora_A[adapter_name].requires_grad_(False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import certificate, checks
 from .exact import exact
-from .options import ENERGY, check_dtype, check_number
+from .options import ENERGY, check_dtype, check_number, check_rank
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def null_basis(
     C: Tensor,
     energy: float,
     *,
+    at_least: int = 0,
     certify: bool = False,
     uplo: str = "full",
     dtype: torch.dtype = torch.float64,
@@ -74,6 +75,7 @@ def null_basis(
     Args:
         C: ``(d, d)`` float32 or float64, symmetric positive semidefinite up to rounding. Not modified.
         energy: Share of ``tr(C)`` to protect, in ``[0, 1)``. 0 leaves all directions free.
+        at_least: So many of the least used directions are free whatever the energy, up to ``d``.
         certify: Prove with one more factorisation that no eigenvalue was missed; ``info["certificate"]`` has the
             entries described in :func:`lora_null.null_space`, counted from the side whose vectors are held.
         uplo: Which part of ``C`` holds the data: ``"full"``, ``"lower"`` or ``"upper"``.
@@ -83,15 +85,16 @@ def null_basis(
         A :class:`NullBasis`.
 
     Raises:
-        TypeError: ``C``, ``energy`` or ``dtype`` has the wrong type.
-        ValueError: ``C`` is not a covariance, see :func:`lora_null.null_space`; ``energy`` is out of range, or leaves
-            no direction free.
+        TypeError: ``C``, ``energy``, ``at_least`` or ``dtype`` has the wrong type.
+        ValueError: ``C`` is not a covariance, see :func:`lora_null.null_space`; ``energy`` or ``at_least`` is out of
+            range; no direction is free.
     """
     begin = time.perf_counter()
     check_number("null_basis: energy", energy, 0, 1, ENERGY)
     check_dtype("null_basis", dtype)
     full, exponent = checks.working_copy(C, uplo, "null_basis: C")
-    found = split(full, energy, 1, certify, "null_basis")
+    at_least = check_rank(at_least, len(full), "null_basis: at_least") if at_least else 0
+    found = split(full, energy, 1, certify, "null_basis", at_least)
     if certify:
         certificate.rescale(found.info["certificate"], exponent)
     found.info["seconds"] = time.perf_counter() - begin
@@ -106,15 +109,15 @@ def null_basis(
     )
 
 
-def split(C: Tensor, energy: float, r: int, certify: bool, caller: str) -> NullBasis:
+def split(C: Tensor, energy: float, r: int, certify: bool, caller: str, at_least: int = 0) -> NullBasis:
     """Do the work of :func:`null_basis` on a checked matrix, if it leaves ``r`` directions free."""
 
     def choose(values: Tensor) -> tuple[int, int]:
-        k = free_directions(C, values, energy, r, caller)
+        k = free_directions(C, values, energy, r, caller, at_least)
         return (0, k) if k <= len(C) - k else (k, len(C))
 
     values, vectors = exact(C, choose)
-    k = free_directions(C, values, energy, r, caller)
+    k = free_directions(C, values, energy, r, caller, at_least)
     left = float(values[:k].sum())
     info: dict[str, Any] = {"bound": bound(left, values.sum())}
     basis, complement = (vectors, None) if k <= len(C) - k else (None, vectors)
@@ -130,8 +133,10 @@ def bound(energy: float, trace: float | Tensor) -> float:
     return (max(energy, 0.0) / float(trace)) ** 0.5
 
 
-def free_directions(C: Tensor, values: Tensor, energy: float, r: int, caller: str) -> int:
+def free_directions(C: Tensor, values: Tensor, energy: float, r: int, caller: str, at_least: int = 0) -> int:
     """Count the eigenvalues (ascending) that are not among the leading ones that hold the share ``energy``.
+
+    The ``at_least`` smallest are not, whatever they hold.
 
     Raises:
         ValueError: ``C`` is indefinite, or fewer than ``r`` directions are free.
@@ -141,7 +146,7 @@ def free_directions(C: Tensor, values: Tensor, energy: float, r: int, caller: st
     held = values.clamp_min(0).flip(0).cumsum(0)
     # A share that is met up to the rounding of the sum is met.
     protected = int((held < energy * held[-1] * (1 - d * torch.finfo(torch.float64).eps)).sum()) + 1 if energy else 0
-    k = d - protected
+    k = max(d - protected, at_least)
     if k < r:
         enough = sufficient_energy(values, r)
         raise ValueError(

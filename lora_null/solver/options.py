@@ -45,19 +45,19 @@ def check_options(
             raise ValueError(f"null_space: {name} is {value}; expected at least {least}.")
 
 
-def check_rank(r: Any, d: int) -> int:
-    """Return ``r`` as an int in ``[1, d]``."""
+def check_rank(r: Any, d: int, what: str = "null_space: r") -> int:
+    """Return ``r`` as an int in ``[1, d]``; ``what`` is for the message."""
     try:
         if isinstance(r, bool):
             raise TypeError
         r = operator.index(r)
     except TypeError:
         raise TypeError(
-            f"null_space: r is {named(r)}; expected an integer, for instance r=128. Were the arguments swapped?"
+            f"{what} is {named(r)}; expected an integer, for instance r=128. Were the arguments swapped?"
         ) from None
     if not 1 <= r <= d:
         raise ValueError(
-            f"null_space: r is {r} for a covariance of size {d}; expected 1 <= r <= {d}. A rank cannot exceed the "
+            f"{what} is {r} for a covariance of size {d}; expected 1 <= r <= {d}. A rank cannot exceed the "
             "number of in-features of the layer: lower r, or leave the layer out of target_modules."
         )
     return r

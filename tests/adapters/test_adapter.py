@@ -186,7 +186,7 @@ def test_a_checkpoint_says_what_its_adapters_are(llama, token_batches, tmp_path)
     model = trained(llama, token_batches, lora_alpha=9)
     model.save_pretrained(tmp_path / "checkpoint")
     kept = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["lora_null"]
-    assert kept["config"]["lora_alpha"] == 9 and kept["config"]["freeze_a"] is True and kept["base_fingerprint"]
+    assert kept["config"]["lora_alpha"] == 9 and kept["config"]["train"] == "b_in_basis" and kept["base_fingerprint"]
     lora_null.merge(model).save_pretrained(tmp_path / "merged")
     assert "lora_null" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 

@@ -227,7 +227,7 @@ class TestNewerFormats:
 
 def test_folders_of_before_are_read(llama, token_batches, tmp_path):
     """Without a format, and with the empty file that was written beside the adapters of other programs."""
-    lora_null.save_adapter(trained(llama, token_batches), tmp_path / "adapter")
+    lora_null.save_adapter(trained(llama, token_batches, train="b"), tmp_path / "adapter")
     file = tmp_path / "adapter" / "lora_null.json"
     own = json.loads(file.read_text())
     for kept, is_frozen in (({"config": own["config"]}, True), ({}, False)):

@@ -64,7 +64,7 @@ def logits(model):
 def test_starts_as_the_model_and_learns_within_its_directions(llama, found, energy):
     model = started(llama, found, energy=energy)
     assert torch.equal(logits(model), logits(llama()))
-    frozen = lora_null.initialize(llama(), found, LoraNullConfig(r=R), progress=False)
+    frozen = lora_null.initialize(llama(), found, LoraNullConfig(r=R, train="b"), progress=False)
     for (name, layer), plain in zip(adapter_layers(model).items(), adapter_layers(frozen).values(), strict=True):
         assert torch.equal(layer.weight, plain.weight)
         want = plain.lora_A.weight
@@ -129,7 +129,7 @@ def test_a_task_chooses_among_the_free_directions(llama, found, task, train):
 
 
 def test_a_task_without_an_energy_weighs_both(llama, found, task):
-    aware = lora_null.initialize(llama(), found, LoraNullConfig(r=R), task=task, progress=False)
+    aware = lora_null.initialize(llama(), found, LoraNullConfig(r=R, train="b"), task=task, progress=False)
     for name, layer in adapter_layers(aware).items():
         U = lora_null.null_space(found[name], R, task=task[name]).basis
         A = layer.lora_A.weight.detach().double()
@@ -224,6 +224,27 @@ def test_too_much_energy_is_refused_and_smaller_ranks_are_taken_where_asked(llam
     assert min(started(llama, found, r=42, energy=enough).lora_null_state.free.values()) >= 42
     model = started(llama, found, r=42, energy=0.9, rank_pattern=few)
     assert {name: layer.r for name, layer in adapter_layers(model).items()} == {n: min(42, k[n]) for n in k}
+
+
+@pytest.mark.parametrize("r", [R, 42])
+def test_by_default_the_least_used_are_free_where_the_energy_leaves_fewer(llama, found, task, r, caplog):
+    """The start is that of A frozen, whether its directions came with the free ones or from a solver of their own."""
+    plain = LoraNullConfig(r=r)
+    with caplog.at_level("INFO", "lora_null"):
+        model = lora_null.initialize(llama(), found, plain, progress=False)
+    assert "energy=0.99 leaves" in caplog.text
+    k = {key: max(r, null_basis(C, 0.99).k) for key, C in found.items()}
+    assert model.lora_null_state.free == k and (r == R or r in k.values())
+    frozen = lora_null.initialize(llama(), found, LoraNullConfig(r=r, train="b"), progress=False)
+    for layer, other in zip(adapter_layers(model).values(), adapter_layers(frozen).values(), strict=True):
+        A, want = layer.lora_A.weight.detach(), other.lora_A.weight
+        assert float((A - want).norm()) < 1e-3 * float(want.norm())
+    learn(model)
+    for name, layer in adapter_layers(model).items():
+        free = null_basis(found[name], 0.99, at_least=r)
+        assert free.leak(layer.lora_A.weight.detach()) < 1e-5, name
+    aware = lora_null.initialize(llama(), found, plain, task=task, progress=False)
+    assert aware.lora_null_state.free == k
 
 
 def test_tasks_of_other_models_or_without_room_are_refused(llama, found, token_batches):

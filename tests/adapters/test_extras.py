@@ -165,7 +165,7 @@ def test_a_new_head_trains_on_request_and_is_saved(token_batches, tmp_path, capl
     frozen = lora_null.initialize(classifier(token_batches), covariances, LoraNullConfig(r=R), progress=False)
     assert not frozen.score.weight.requires_grad and "modules_to_save=['score']" in caplog.text
     caplog.clear()
-    lora_null.initialize(model, covariances, LoraNullConfig(r=R, modules_to_save=["score"]), progress=False)
+    lora_null.initialize(model, covariances, LoraNullConfig(r=R, train="b", modules_to_save=["score"]), progress=False)
     assert model.score.weight.requires_grad and not caplog.text
     pretrained = model(ids()).logits
     learn(model, "score.weight", "lora_B.weight")

@@ -66,7 +66,7 @@ def test_shifted_bf16_base_is_the_pretrained_weight_to_one_rounding(llama, token
 
 def test_only_the_adapters_are_trained(calibrated):
     model, covariances = calibrated
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, train="b"), progress=False)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert names == {f"{name}.lora_B.weight" for name in target_linears(model)}
     assert len(names) == 14
@@ -76,7 +76,7 @@ def test_only_the_adapters_are_trained(calibrated):
 def test_frozen_a_keeps_its_promise_for_any_b(calibrated):
     # DESIGN: ||dW X||_F <= ||B||_2 sqrt(D_1) (sum of the r smallest eigenvalues)^(1/2), X the calibration inputs.
     model, covariances = calibrated
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, train="b"), progress=False)
     for name, layer in adapter_layers(model).items():
         C = covariances[name].double()
         lora_A = layer.lora_A.weight.double()
@@ -92,7 +92,7 @@ def test_frozen_a_keeps_its_promise_for_any_b(calibrated):
 def test_training_b_from_zero_equals_training_it_from_b0_on_the_shifted_base(llama, token_batches):
     frozen, shifted = llama(), llama()
     covariances = lora_null.calibrate(frozen, token_batches(), progress=False)
-    lora_null.initialize(frozen, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.initialize(frozen, covariances, lora_null.LoraNullConfig(r=R, train="b"), progress=False)
     lora_null.initialize(shifted, covariances, lora_null.LoraNullConfig(r=R, freeze_a=False), progress=False)
     for layer in adapter_layers(shifted).values():
         layer.lora_A.weight.requires_grad_(False)
@@ -157,7 +157,7 @@ many = sys.modules["lora_null.solver.null_spaces"]
 original = many.null_space
 many.null_space = lambda *args, **kwargs: solved.append(1) or original(*args, **kwargs)
 model = AutoModelForCausalLM.from_pretrained("model")
-config = lora_null.LoraNullConfig(r=6)
+config = lora_null.LoraNullConfig(r=6, train="b")
 lora_null.initialize(model, lora_null.Covariances.load("covariances"), config, progress=False)
 factors = {name: layer.lora_A.weight.detach() for name, layer in adapter_layers(model).items()}
 save_file(factors, f"factors{rank}.safetensors", metadata={"solved": str(len(solved))})
@@ -168,7 +168,7 @@ dist.destroy_process_group()
         subprocess.Popen([sys.executable, "-c", script, str(rank)], cwd=tmp_path, env=environment) for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, train="b"), progress=False)
     first, second = (load_file(str(tmp_path / f"factors{rank}.safetensors")) for rank in range(2))
     for name, layer in adapter_layers(model).items():
         assert torch.equal(first[name], second[name])
@@ -352,7 +352,7 @@ class TestBadInput:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         try:
             mesh = dist.init_device_mesh("cpu", (1,))
-            with pytest.raises(ValueError, match=r"lora_A\.weight belongs .* parallelize_module cannot distribute it"):
+            with pytest.raises(ValueError, match=r"coefficients belongs .* parallelize_module cannot distribute it"):
                 parallelize_module(model.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
         finally:
             dist.destroy_process_group()

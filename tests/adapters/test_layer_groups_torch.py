@@ -276,7 +276,7 @@ def test_groups_are_not_part_of_the_model_s_state():
 
 def test_initialised_and_loaded_models_share(calibrated, llama, tmp_path):
     model, covariances = calibrated
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=4), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=4, train="b"), progress=False)
     lora_null.save_adapter(model, tmp_path / "adapter")
     loaded = lora_null.load_adapter(llama(), tmp_path / "adapter", is_trainable=True)
     for adapted in (model, loaded):

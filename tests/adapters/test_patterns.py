@@ -135,7 +135,7 @@ def test_adapters_with_patterns_of_peft_are_read(llama, tmp_path, options):
 
 def test_what_was_changed_by_hand_is_saved(llama, token_batches, tmp_path):
     """Scaling set on one layer, and A set free: training goes on with them."""
-    model = trained(llama, token_batches)
+    model = trained(llama, token_batches, train="b")
     first = next(iter(adapter_layers(model).values()))
     first.scaling, first.lora_A.weight.requires_grad = 3.0, True
     expected = model(ids()).logits
@@ -167,7 +167,7 @@ def test_a_scaling_set_by_hand_on_a_shifted_base_is_that_of_the_product_alone(ll
 def test_a_checkpoint_with_a_scaling_set_by_hand_is_refused(llama, token_batches, tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    model = trained(llama, token_batches)
+    model = trained(llama, token_batches, train="b")
     trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
     layer = adapter_layers(model)["model.layers.0.self_attn.q_proj"]
     layer.scaling = 3.0

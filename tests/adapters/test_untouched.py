@@ -57,7 +57,7 @@ def failing(monkeypatch, module, name, at):
         ("initialize", "require_adaptable", 1),
         ("initialize", "require_modules", 1),
         ("initialize", "start_factors", 1),
-        ("start", "null_spaces", 1),
+        ("spaces", "null_spaces", 1),
         ("start", "factors_of", 14),
         ("initialize", "require_shift", 14),
     ],

@@ -155,7 +155,8 @@ class TestCommands:
     def test_export_and_merge_agree_with_the_trained_model(self, calibrated_folder, run):
         folder = calibrated_folder
         run("init", folder / "model", folder / "cov", folder / "adapter", "--r", 4)
-        model = lora_null.load_adapter(load(folder), folder / "adapter", is_trainable=True)
+        covariances = lora_null.Covariances.load(folder / "cov")
+        model = lora_null.load_adapter(load(folder), folder / "adapter", is_trainable=True, covariances=covariances)
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B.weight"):
@@ -287,7 +288,7 @@ class TestCommands:
         assert code == 0 and values["r"] == 4 and len(values["updates"]) == 14
         assert all(row["norm"] == 0 and row["row_energy"] == pytest.approx(1, abs=1e-2) for row in values["updates"])
         code, out, _ = run("inspect", folder / "adapter")
-        assert code == 0 and "|dW|" in out and "freeze_a=True" in out
+        assert code == 0 and "|dW|" in out and "train=b_in_basis" in out
 
     def test_bench_waits_for_the_device_that_it_times(self, monkeypatch):
         from lora_null.cli import bench

@@ -102,7 +102,7 @@ class TestAdapter:
     def test_norm_and_response_equal_the_dense_update(self, trained):
         model, covariances, path = trained
         summary, rows = report.adapter_report(path, covariances, progress=False)
-        assert summary["r"] == 4 and summary["layers"] == 14 and summary["freeze_a"] is True
+        assert summary["r"] == 4 and summary["layers"] == 14 and summary["train"] == "b_in_basis"
         assert summary["parameters"] == sum(row.r * (row.d + row.m) for row in rows)
         for row in rows:
             layer = model.get_submodule(row.name)
@@ -127,7 +127,7 @@ class TestAdapter:
         )
         model.save_pretrained(tmp_path / "plain")
         summary, rows = report.adapter_report(tmp_path / "plain", progress=False)
-        assert summary["freeze_a"] is None and summary["written_by"] is None
+        assert summary["train"] is None and summary["written_by"] is None
         layer = model.get_submodule(f"base_model.model.{rows[0].name}")
         assert rows[0].norm == pytest.approx(float(layer.get_delta_weight("default").detach().norm()), rel=1e-5)
 

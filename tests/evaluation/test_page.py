@@ -20,7 +20,7 @@ SECTIONS = ["What was done", "Evaluation", "After training", "Spectra", "Energy 
 def trained(calibrated, tmp_path):
     """Return ``(folder, covariances, model)`` of an adapter whose B has moved."""
     model, covariances = calibrated
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=4), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=4, train="b"), progress=False)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B.weight"):

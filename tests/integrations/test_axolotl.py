@@ -63,7 +63,8 @@ def test_a_factor_that_learns_within_a_basis_starts_and_goes_on(covariance_file,
 
 def test_a_saved_adapter_goes_on_in_its_mode(covariance_file, llama, tmp_path):
     model, plugin = fresh(llama(), lora_alpha=12, lora_dropout=0.25), LoraNullPlugin()
-    plugin.post_lora_load({"adapter": "lora", "lora_null_covariances": covariance_file}, model)
+    started = {"adapter": "lora", "lora_null_covariances": covariance_file, "lora_null_train": "b"}
+    plugin.post_lora_load(started, model)
     lora_null.peft.save_adapter(model, tmp_path / "saved")
     again = PeftModel.from_pretrained(llama(), str(tmp_path / "saved"), is_trainable=True)
     assert trained(again) == {"A", "B"}

@@ -132,7 +132,7 @@ def test_the_whole_way(quantised, token_batches, tmp_path):
     assert all(torch.equal(low[key], covariances[key]) for key in covariances)
     with pytest.raises(ValueError, match="q_proj is quantised"):
         lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, freeze_a=False), progress=False)
-    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False)
+    lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R, train="b"), progress=False)
     before = logits(model)
     with lora_null.adapters.layer.disable_adapters(model):
         assert torch.equal(logits(model), before)
@@ -278,7 +278,7 @@ def test_that_trainers_want_adapters_of_peft_is_said(llama, calibrated, tmp_path
     assert "initialize_lora_null_weights" not in caplog.text
     for start in (
         lambda model: lora_null.initialize(model, covariances, lora_null.LoraNullConfig(r=R), progress=False),
-        lambda model: lora_null.load_adapter(model, tmp_path / "adapter", is_trainable=True),
+        lambda model: lora_null.load_adapter(model, tmp_path / "adapter", is_trainable=True, covariances=covariances),
     ):
         caplog.clear()
         forget_warnings()

@@ -155,7 +155,7 @@ def test_the_whole_way(quantise, llama, token_batches, tmp_path):
     low = lora_null.calibrate(base(), token_batches(), low_memory=True, progress=False)
     assert all(torch.equal(low[key], covariances[key]) for key in covariances)
     start = logits(model)
-    config = LoraNullConfig(r=3, lora_alpha=5, group_pooling="auto")
+    config = LoraNullConfig(r=3, lora_alpha=5, train="b", group_pooling="auto")
     lora_null.initialize(model, covariances, config, progress=False)
     assert model.lora_null_state.config.group_pooling == 8 and len(adapter_layers(model)) == 14
     assert torch.equal(logits(model), start)

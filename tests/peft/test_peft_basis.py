@@ -119,7 +119,7 @@ def test_goes_on_from_its_folder_with_the_covariances(llama, found, tmp_path):
 
 def test_another_start_takes_its_place(llama, found):
     model = started(llama, found)
-    lora_null_peft.initialize_lora_null_weights(model, found, progress=False)
+    lora_null_peft.initialize_lora_null_weights(model, found, train="b", progress=False)
     assert not any("coefficients" in name for name, _ in model.named_parameters())
     assert torch.equal(logits(model), logits(llama()))
     trained = {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad}
@@ -131,3 +131,11 @@ def test_keep_frozen_refuses_what_learns(llama, found):
 
     with pytest.raises(ValueError, match=r"initialised with train='b_in_basis', where A is trained; KeepFrozen"):
         KeepFrozen().on_train_begin(None, None, None, model=started(llama, found))
+
+
+def test_frozen_on_request_it_stays_so(llama, found):
+    model = started(llama, found)
+    assert lora_null_peft.freeze_lora_A(model) == 14
+    for _ in range(2):
+        assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
+        model.set_adapter("default")

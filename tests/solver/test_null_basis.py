@@ -169,3 +169,23 @@ def test_bad_input_is_refused(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("at_least", [1, 60, 61, 150, 200])
+def test_so_many_are_free_whatever_the_energy(at_least):
+    C, _ = spectra.with_spectrum(spectra.power(200, 0.3))
+    alone = null_basis(C, 0.9).k
+    found = null_basis(C, 0.9, at_least=at_least, certify=True)
+    assert found.k == max(alone, at_least) and found.info["certificate"]["proved"]
+    assert found.energy_left == pytest.approx(float(torch.linalg.eigvalsh(C)[: found.k].sum()))
+    whole = torch.eye(200, dtype=torch.float64)
+    assert float((C @ found.project(whole) - found.project(whole) @ C).norm()) < 1e-12 * float(C.norm())
+
+
+def test_more_free_directions_than_there_are_is_refused():
+    C = torch.eye(5)
+    assert null_basis(C, 0.99, at_least=2).k == 2
+    with pytest.raises(ValueError, match="at_least is 6 for a covariance of size 5"):
+        null_basis(C, 0.5, at_least=6)
+    with pytest.raises(TypeError, match="at_least is 'r'; expected an integer"):
+        null_basis(C, 0.5, at_least="r")

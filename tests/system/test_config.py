@@ -44,16 +44,17 @@ def test_survives_its_own_dictionary_and_newer_keys():
 
 def test_freeze_a_is_a_short_word_for_two_ways_to_train():
     for given, (train, freeze_a, energy) in (
-        ({}, ("b", True, None)),
+        ({}, ("b_in_basis", False, None)),
         ({"freeze_a": True}, ("b", True, None)),
         ({"freeze_a": False}, ("ab", False, None)),
         ({"train": "b", "energy": 0.5}, ("b", True, 0.5)),
-        ({"train": "b_in_basis"}, ("b_in_basis", False, 0.99)),
+        ({"energy": 0.5}, ("b_in_basis", False, 0.5)),
         ({"train": "ab", "freeze_a": False}, ("ab", False, None)),
     ):
         config = LoraNullConfig(**given)
         assert (config.train, config.freeze_a, config.energy) == (train, freeze_a, energy)
         assert replace(config, r=4) == LoraNullConfig(**given, r=4)
+    assert LoraNullConfig().protected == 0.99 and LoraNullConfig(train="b").protected is None
     assert replace(LoraNullConfig(), train="ab", freeze_a=None).freeze_a is False
 
 
