@@ -137,6 +137,8 @@ class BasisFactor(nn.Module):
         C = self.coefficients
         if hasattr(C, "full_tensor"):
             return self._of_shards(C)
+        if C.dim() != 2:  # what FSDP1 leaves outside its forward; whoever needs a matrix says so
+            return C
         # torch.func and DataParallel put tensors of the moment in the parameter's place.
         if torch.compiler.is_compiling() or not isinstance(C, nn.Parameter):
             return self.directions.expand(C)

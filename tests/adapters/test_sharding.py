@@ -62,7 +62,7 @@ def test_factors_that_learn_within_their_directions(results):
 
 def test_fsdp1_trains_and_saves_whole_parameters_only(results):
     for found in results("fsdp1_training"):
-        for freeze_a in (True, False):
+        for freeze_a in (True, False, None):
             assert found[str(freeze_a)] <= 5e-6
             assert "FSDP1 has flattened them: call this inside" in found[f"save {freeze_a}"]
             name = f"fsdp1.{freeze_a}"

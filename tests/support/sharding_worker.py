@@ -126,7 +126,7 @@ def fsdp1_training(found, folder):
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     results = {}
-    for freeze_a in (True, False):
+    for freeze_a in (True, False, None):  # None: within the free directions
         one = adapted(found, freeze_a)
         want = train(one, 3, alone=True)
         many = FullyShardedDataParallel(
