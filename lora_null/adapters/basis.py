@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..models.weights import gathered
 from ..ops.reference import full_precision
 from ..solver.null_basis import NullBasis
 from ..solver.pooling import pool, spread
@@ -137,8 +138,10 @@ class BasisFactor(nn.Module):
         C = self.coefficients
         if hasattr(C, "full_tensor"):
             return self._of_shards(C)
-        if C.dim() != 2:  # what FSDP1 leaves outside its forward; whoever needs a matrix says so
-            return C
+        if C.dim() != 2:
+            # Outside a forward: ZeRO-3 can gather; of what FSDP1 leaves whoever needs a matrix says that it is none.
+            whole = gathered(C)
+            return C if whole is C else self.directions.expand(whole)
         # torch.func and DataParallel put tensors of the moment in the parameter's place.
         if torch.compiler.is_compiling() or not isinstance(C, nn.Parameter):
             return self.directions.expand(C)

@@ -190,7 +190,7 @@ def _deepspeed_worker(stage, folder):
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
     batches = torch.randint(97, (3, 4, 32), generator=torch.Generator().manual_seed(4))
-    for kind, freeze_a in (("patched", True), ("patched", False), ("peft", False)):
+    for kind, freeze_a in (("patched", True), ("patched", False), ("peft", False), ("patched", None), ("peft", None)):
         alone = prepared(kind, freeze_a).train()
         optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=1.0)
         for batch in batches:
