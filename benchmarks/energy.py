@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_null
-from lora_null.calibration.texts import read_texts, token_batches
+from lora_null.calibration.sources import read_texts
+from lora_null.calibration.texts import token_batches
 
 from . import spectra
 

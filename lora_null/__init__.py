@@ -30,6 +30,7 @@ _HOME = {
     "null_spaces": "solver",
     "own_text": "calibration",
     "save_adapter": "adapters",
+    "text_batches": "calibration",
 }
 _MODULES = ("bayes", "ops", "peft")
 
@@ -57,6 +58,7 @@ __all__ = [
     "own_text",
     "peft",
     "save_adapter",
+    "text_batches",
 ]
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.memory_plan import memory_plan
     from .calibration.own_text import own_text
+    from .calibration.texts import text_batches
     from .config import LoraNullConfig
     from .covariances import Covariances
     from .evaluation.evaluate import evaluate

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_null.calibration.texts import read_json_lines, token_batches
+from lora_null.calibration.sources import read_json_lines
+from lora_null.calibration.texts import token_batches
 from lora_null.evaluation.documents import Document, encode_pair
 from lora_null.evaluation.questions import EncodedQuestion, Question, encode
 from lora_null.quickstart.facts import Fact, country_facts

@@ -126,6 +126,12 @@ class Accumulator:
             self._flush(entry)
         self.check()
 
+    def scale(self, factor: float) -> None:
+        """Multiply the sums of all rows so far."""
+        self.flush()
+        for entry in self.sums.values():
+            entry.matrix.mul_(factor)
+
     def check(self) -> None:
         """Raise ValueError if a NaN or an Inf has reached a sum; one transfer for all layers of a device.
 

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..covariances.covariances import check_weight
 from ..system.tensors import bytes_of
 from .masks import IGNORED_LABEL, MaskRule, Masks
+
+# Key of a batch: how often its tokens count.
+WEIGHT = "text_weight"
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Batch:
         masks: Which tokens count.
         shape: ``(B, L)``, or ``None`` where the model does not read token ids.
         tokens: How many tokens count.
+        weight: How often each of them does.
     """
 
     inputs: dict[str, Any]
     masks: Masks
     shape: tuple[int, ...] | None
     tokens: int
+    weight: float = 1.0
 
     @property
     def positions(self) -> int:
@@ -67,6 +73,10 @@ class BatchReader:
 
     def read(self, item: Any, index: int) -> Batch:
         """Convert one item of the user's data; ``index`` names it in errors."""
+        weight = 1.0
+        if isinstance(item, Mapping) and WEIGHT in item:
+            item = dict(item)
+            check_weight(weight := item.pop(WEIGHT))
         inputs = self._inputs(item, index)
         self.check_ids(inputs, index)
         masks = self.rule.read(inputs, index)
@@ -83,7 +93,7 @@ class BatchReader:
             first = next((v for v in inputs.values() if isinstance(v, Tensor)), None)
             tokens = 0 if first is None else first.numel() // (first.shape[-1] if first.is_floating_point() else 1)
         tokens += 0 if masks.target is None else int(masks.target.sum())
-        return Batch({**inputs, **self.extra}, masks, shape, tokens)
+        return Batch({**inputs, **self.extra}, masks, shape, tokens, weight)
 
     def check_ids(self, inputs: Mapping[str, Any], index: int) -> None:
         """Raise ValueError for ids that the embedding lacks: on a GPU their lookup would end the process's CUDA use."""
@@ -190,7 +200,8 @@ def _chunks(batches: Tensor | Mapping, chunk_tokens: int) -> Sequence[Any]:
     starts = range(0, ids.shape[0], rows)
     if isinstance(batches, Tensor):
         return [batches[i : i + rows] for i in starts]
-    return [{key: value[i : i + rows] for key, value in batches.items()} for i in starts]
+    whole = {key: value for key, value in batches.items() if key == WEIGHT}
+    return [{**{k: v[i : i + rows] for k, v in batches.items() if k not in whole}, **whole} for i in starts]
 
 
 def first_tokens(inputs: Mapping[str, Any], tokens: int = 16) -> dict[str, Any]:
@@ -222,6 +233,8 @@ class DataFingerprint:
 
     def add(self, batch: Batch) -> None:
         """Take one batch into account."""
+        if batch.weight != 1:
+            self._hash.update(f"weight={batch.weight!r};".encode())
         masks = {"mask": batch.masks.main, "target_mask": batch.masks.target}
         tensors = {**batch.inputs, **{name: mask for name, mask in masks.items() if mask is not None}}
         for key in sorted(tensors):

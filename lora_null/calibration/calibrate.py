@@ -65,9 +65,10 @@ def calibrate(
         model: A Hugging Face causal LM or any ``nn.Module``; in any dtype, on any devices, offloaded by accelerate or
             not. If it is compiled it runs as it was before.
         batches: A list, DataLoader or iterator of batches; a batch is token ids ``(B, L)`` or ``(L,)``, a mapping
-            with ``input_ids`` and perhaps ``attention_mask`` and ``labels``, or a tuple in the order of the model's
-            arguments. One tensor or mapping is cut into batches of about ``queue_tokens`` tokens. Or a
-            function without arguments that runs the model: every call of the model in it is a batch.
+            with ``input_ids`` and perhaps ``attention_mask``, ``labels`` and ``text_weight`` (how often its tokens
+            count, see :meth:`Covariances.weighted`), or a tuple in the order of the model's arguments. One tensor or
+            mapping is cut into batches of about ``queue_tokens`` tokens. Or a function without arguments that runs the
+            model: every call of the model in it is a batch.
         config: Only ``target_modules`` matters here; the default covers every linear layer but the output head.
         mask: Which tokens count. ``"attention"``: those with ``attention_mask != 0``. ``"labels"``: of
             those, the ones with ``labels != -100``, which leaves out prompts. ``"none"``: all, padding too. In an

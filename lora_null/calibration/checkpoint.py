@@ -11,7 +11,7 @@ from typing import Any
 
 from ..covariances.header import counts_by_key, is_count, names_by_key, strings_by_key
 from ..covariances.packed import PackedFile, PackedMatrices, write_packed
-from ..system.files import beside, parse_json, require_writable
+from ..system.files import beside, held, parse_json, require_writable
 
 _KIND = "lora_null.calibration"
 FORMAT_VERSION = 1
@@ -134,17 +134,10 @@ class Checkpoint:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the checkpoint for this process; ValueError if another one does."""
-        from filelock import FileLock, Timeout
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(beside(self.path, "lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"The checkpoint {self.path} is in use by another process; give each calibration a path of its own."
-            ) from error
-        try:
+        with held(beside(self.path, "lock")) as mine:
+            if not mine:
+                raise ValueError(
+                    f"The checkpoint {self.path} is in use by another process; give each calibration a path of its own."
+                )
             yield
-        finally:
-            lock.release()

@@ -38,6 +38,8 @@ class Collector:
         placement: Where and how they are kept.
         widths: The number of input features of each target layer.
         left_out: Target layers that compute something else than ``x W^T``, and what; they have no sum.
+        weight: How often a token of the batch that is running counts. The sums are held divided by it, so that rows
+            are added as they are, to the bits of their dtype.
     """
 
     def __init__(
@@ -57,11 +59,19 @@ class Collector:
         self.accumulator = Accumulator(placement)
         self.left_out: dict[str, str] = {}
         self.batch = 0
+        self.weight = 1.0
 
-    def begin(self, batch: int, masks: Masks) -> None:
+    def begin(self, batch: int, masks: Masks, weight: float = 1.0) -> None:
         """Start a batch."""
         self.batch = batch
+        self.weigh(weight)
         self.sides.begin(batch, masks)
+
+    def weigh(self, weight: float) -> None:
+        """Let what comes next count ``weight`` times."""
+        if weight != self.weight:
+            self.accumulator.scale(self.weight / weight)
+            self.weight = weight
 
     def leave(self) -> None:
         """Finish a batch whose forward pass has failed."""
@@ -130,6 +140,7 @@ def combined(collector: Collector) -> tuple[dict[str, Tensor], dict[str, list[st
     A group's key becomes the first of its members in the order of the model, whichever was called first.
     """
     collector.shared.check()
+    collector.weigh(1.0)
     order = {name: position for position, name in enumerate(collector.linears)}
     sums = {}
     for leader, names in collector.shared.members().items():

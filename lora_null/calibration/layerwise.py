@@ -96,7 +96,7 @@ def walk_layers(
         with walk.prepared(number):
             with walk.running(number), collector.watching({} if number < done else linears_of[number]):
                 for index, batch in enumerate(walk.batches):
-                    collector.begin(index, batch.masks)
+                    collector.begin(index, batch.masks, batch.weight)
                     if batch.tokens:
                         walk.run(number, index, to_the_end=to_the_end and number == len(linears_of) - 1)
                     collector.end()

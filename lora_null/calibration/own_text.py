@@ -69,6 +69,17 @@ def own_text(
     return batches
 
 
+def unwritten_text(
+    tokenizer: Any, tokens: int, *, sequence_length: int = 128, batch_size: int = 32
+) -> list[dict[str, Tensor]]:
+    """Return batches of the sizes that :func:`own_text` would write without prompts, to plan with."""
+    check_sizes(tokens=tokens, sequence_length=sequence_length, batch_size=batch_size)
+    [[first]] = _beginnings(tokenizer, (), sequence_length)
+    count = -(-tokens // sequence_length)
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    return [{"input_ids": torch.full((size, sequence_length), first)} for size in sizes]
+
+
 def _beginnings(tokenizer: Any, prompts: Sequence[str], sequence_length: int) -> list[list[int]]:
     if not prompts:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

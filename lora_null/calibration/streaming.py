@@ -35,7 +35,7 @@ def run_streaming(job: Job, source: Iterable[Any], total: int | None) -> Sums:
         for index, batch in enumerate(chain(head, batches)):
             if record.holds(batch):
                 continue
-            collector.begin(index, batch.masks)
+            collector.begin(index, batch.masks, batch.weight)
             job.run(batch)
             if collector.end():
                 record.save(finished=False)
@@ -92,6 +92,8 @@ class _Record:
         self.data.add(batch)
         if self.checkpoint and self.saved:
             if self.count == self.done:
+                # the saved sums are divided by it
+                self.collector.weight = batch.weight
                 self.checkpoint.refuse_other({"data": self.saved.data}, {"data": str(self.data)})
             if self.count > self.done and self.saved.finished:
                 self.checkpoint.refuse_other({"batches": str(self.done)}, {"batches": f"more than {self.done}"})

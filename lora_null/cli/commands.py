@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,34 +12,32 @@ import typer
 from ..config import LoraNullConfig
 from ..models.settings import Loading
 from ..system.files import require_writable
-from .options import Model, Overwrite, Progress, Seed, Targets, VerifyBase, parse_targets
+from .options import AsJson, Data, Model, Overwrite, Progress, Seed, Targets, VerifyBase, Weights, parse_targets
+from .reading import Text, parse_weights
 
 
 def calibrate(
     model: Model,
-    data: Annotated[
-        Path | None, typer.Option(help="Text file, or .jsonl file with one document per line.", show_default=False)
-    ] = None,
-    generate: Annotated[int, typer.Option(help="Tokens that the model writes itself, beside the data or instead.")] = 0,
-    output: Annotated[Path, typer.Option(help="Covariance file to write.")] = Path("covariances.safetensors"),
-    field: Annotated[str | None, typer.Option(help="Field of the .jsonl objects.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Read documents up to this many tokens.")] = 65536,
-    sequence_length: Annotated[int, typer.Option(help="Longer documents are cut.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Documents per forward pass.")] = 16,
+    data: Data = None,
+    generate: Annotated[int | None, typer.Option(help="Tokens that the model writes itself.")] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("covariances.safetensors"),
+    weights: Weights = None,
+    field: Annotated[str | None, typer.Option(help="Of the objects or rows; default: text, ...")] = None,
+    roles: Annotated[str | None, typer.Option(help="Of messages that count, such as assistant.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of each text.", show_default="65536")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Longer is cut.", show_default="512, written 128")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Documents at a time.", show_default="16, written 32")] = None,
     target_modules: Targets = "all-linear",
-    mask: Annotated[str, typer.Option(help="Which tokens count: attention or none.")] = "attention",
-    accumulate: Annotated[str, typer.Option(help="Precision of the sums: fp32 or fp64.")] = "fp32",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="File of the sums in progress; an interrupted run goes on from it.")
-    ] = None,
+    mask: Annotated[str, typer.Option(help="What counts: attention, none.")] = "attention",
+    accumulate: Annotated[str, typer.Option(help="Sums in fp32 or fp64.")] = "fp32",
+    checkpoint: Annotated[Path | None, typer.Option(help="File of sums in progress, to go on from.")] = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="One decoder layer at a time.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print memory, tokens, time and size, and write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print memory, tokens, time and size.")] = False,
     *,
     loading: Loading,
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    json: AsJson = False,
     progress: Progress = True,
 ) -> None:
     """Sum the activation covariances of a model over calibration text."""
@@ -45,71 +45,67 @@ def calibrate(
     from ..calibration.estimate import estimate
     from ..calibration.masks import is_encoder_decoder
     from ..calibration.options import Options
-    from ..calibration.own_text import own_text
-    from ..calibration.texts import check_sizes, read_on_both_sides, read_texts, token_batches
-    from ..models.loading import load_model
+    from ..calibration.texts import labelled
+    from ..models.loading import load_tokenizer, load_weights
+    from .output import covariance_facts, print_result
 
-    if data is None and generate == 0:
+    text = Text(data or (), generate, weights, field, roles, max_tokens, sequence_length, batch_size, mask)
+    if not text.sources:
         raise ValueError(
             "calibrate has no text; expected --data FILE with text like what must not be forgotten, --generate TOKENS, "
             "which the model writes itself, or both."
         )
-    _check_outputs(output, checkpoint, data, overwrite)
-    sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "max_tokens": max_tokens}
-    check_sizes(**sizes)
-    options: dict[str, Any] = dict(mask=mask, accumulate=accumulate, checkpoint=checkpoint, low_memory=low_memory)
+    _check_outputs(output, checkpoint, text.data, overwrite)
+    options: dict[str, Any] = dict(
+        mask=text.counted, accumulate=accumulate, checkpoint=checkpoint, low_memory=low_memory
+    )
     checked = Options(**options)
-    texts = None if data is None else read_texts(data, field=field)
     config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
-    loaded, tokenizer = load_model(model, loading)
-    batches = [] if texts is None else token_batches(tokenizer, texts, **sizes, seed=seed)
-    if generate:
-        batches += own_text(loaded, tokenizer, generate, seed=seed, progress=progress)
-    if is_encoder_decoder(loaded):
-        batches = read_on_both_sides(batches)
+    tokenizer = load_tokenizer(model, loading)
+    batches = text.read(tokenizer, seed)
+    loaded = load_weights(model, loading)
+    two_sided = is_encoder_decoder(loaded)
+    if two_sided and roles is not None:
+        raise ValueError(f"roles is {roles!r}, and {model} has an encoder, which reads all of them. Leave roles out.")
+    batches += text.written(loaded, tokenizer, seed, progress=progress, dry_run=dry_run)
+    if two_sided or roles is not None:
+        batches = labelled(batches)
     if dry_run:
-        typer.echo(estimate(loaded, batches, config, checked))
+        found = estimate(loaded, batches, config, checked)
+        print_result(str(found), asdict(found), as_json=json)
         return
     covariances = run(loaded, batches, config, **options, progress=progress)
     covariances.save(output, overwrite=overwrite)
-    typer.echo(f"{output}: {covariances!r}, from {_sources(data, generate)}")
-
-
-def _sources(data: Path | None, generate: int) -> str:
-    """Say what the covariances cover, and what they may not."""
-    own = "text that the model wrote"
-    if data is None:
-        return own
-    if generate:
-        return f"{data} and {own}"
-    return f"{data}. What is in no text is not protected: --generate 16384 adds {own}."
+    said = f"{output}: {covariances!r}, from {' and '.join(text.sources)}"
+    if generate is None:
+        said += ". What is in no text is not protected: --generate 16384 adds text that the model writes."
+    print_result(said, {**covariance_facts(output, covariances), "texts": text.sources}, as_json=json)
 
 
 def add(
     files: Annotated[list[Path], typer.Argument(help="Files of calibrate, of one model.", show_default=False)],
     output: Annotated[Path, typer.Option(help="Covariance file to write.")] = Path("covariances.safetensors"),
-    weights: Annotated[str | None, typer.Option(help="How much each counts, with commas; default: 1.")] = None,
+    weights: Weights = None,
     overwrite: Overwrite = False,
+    json: AsJson = False,
 ) -> None:
     """Add covariances of several texts, so that an adapter leaves all of them alone."""
+    from ..calibration.texts import check_weights
     from ..covariances.covariances import Covariances, check_target
+    from .output import covariance_facts, print_result
 
+    numbers = parse_weights(weights)
+    check_weights(numbers, len(files))
     require_writable(output)
     check_target(output, overwrite)
     if output.resolve() in [file.resolve() for file in files]:
         raise ValueError(f"output is {output}, one of the files to add. Name another file.")
-    try:
-        numbers = [1.0] * len(files) if weights is None else [float(part) for part in weights.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != len(files):
-        raise ValueError(f"weights is {weights!r}; expected {len(files)} numbers with commas, one for each file.")
     loaded = [Covariances.load(file) for file in files]
-    total, *others = loaded if weights is None else map(Covariances.weighted, loaded, numbers)
+    total, *others = loaded if numbers is None else map(Covariances.weighted, loaded, numbers)
     for covariances in others:
         total = total + covariances
     total.save(output, overwrite=overwrite)
-    typer.echo(f"{output}: {total!r}")
+    print_result(f"{output}: {total!r}", covariance_facts(output, total), as_json=json)
 
 
 def export(
@@ -123,11 +119,13 @@ def export(
         str | None, typer.Option(help="Written into the adapter; default: as in the checkpoint.")
     ] = None,
     overwrite: Overwrite = False,
+    json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to a plain LoRA adapter: one rank, lora_alpha = r, no scaling left."""
     from ..adapters.export import export_adapter
     from ..adapters.files import check_target
     from ..models.loading import parse_dtype
+    from .output import print_result
 
     require_writable(output)
     check_target(output, overwrite)
@@ -139,7 +137,7 @@ def export(
         base_model_name_or_path=base_model_name_or_path,
         overwrite=overwrite,
     )
-    typer.echo(f"{output}: plain LoRA adapter of rank {r}.")
+    print_result(f"{output}: plain LoRA adapter of rank {r}.", {"output": str(output), "r": r}, as_json=json)
 
 
 def merge(
@@ -153,22 +151,24 @@ def merge(
     loading: Loading,
     verify_base: VerifyBase = True,
     overwrite: Overwrite = False,
+    json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base model and write a plain Hugging Face checkpoint."""
     from ..adapters.load import load_adapter
     from ..adapters.merge import check_merge_target, save_merged
     from ..adapters.merge import merge as fold
     from ..models.loading import load_model, load_tokenizer, processor_files
+    from .output import print_result
 
     require_writable(output)
     check_merge_target(output, overwrite=overwrite, inputs=(model, adapter), tokenizer=load_tokenizer(model, loading))
     loaded, tokenizer = load_model(model, loading)
     folded = fold(load_adapter(loaded, adapter, verify_base=verify_base, pooling=pooling))
     save_merged(folded, tokenizer, output, beside=processor_files(model, loading), overwrite=overwrite)
-    typer.echo(f"{output}: merged model.")
+    print_result(f"{output}: merged model.", {"output": str(output)}, as_json=json)
 
 
-def _check_outputs(output: Path, checkpoint: Path | None, data: Path | None, overwrite: bool) -> None:
+def _check_outputs(output: Path, checkpoint: Path | None, data: Sequence[Path], overwrite: bool) -> None:
     """Refuse before any work is done what ``calibrate`` cannot write, or may not."""
     from ..calibration.checkpoint import check_checkpoint
     from ..covariances.covariances import check_target
@@ -176,8 +176,8 @@ def _check_outputs(output: Path, checkpoint: Path | None, data: Path | None, ove
     require_writable(output)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; expected the name of the covariance file to write.")
-    if data is not None and output.resolve() == data.resolve():
-        raise ValueError(f"output is {output}, the file of the calibration text. Name another file.")
+    if output.resolve() in [text.resolve() for text in data]:
+        raise ValueError(f"output is {output}, a file of the calibration text. Name another file.")
     check_target(output, overwrite)
     if checkpoint is not None:
         require_writable(checkpoint)

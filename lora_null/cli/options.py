@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -61,7 +62,11 @@ def _flags(owner: type) -> list[Parameter]:
 
 Model = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", show_default=False)]
 Rank = Annotated[int, typer.Option("--r", help=help_of(LoraNullConfig, "r"))]
-Targets = Annotated[str, typer.Option(help="all-linear, a regular expression, or suffixes with commas.")]
+Data = Annotated[
+    list[Path] | None, typer.Option(help="Text, .jsonl, .parquet or data set; repeatable.", show_default=False)
+]
+Weights = Annotated[str | None, typer.Option(help="How often each text counts, with commas.")]
+Targets = Annotated[str, typer.Option(help="Suffixes or a regex.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output, no other files.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,24 @@ from ..evaluation.advice import Advice
 from ..evaluation.report import LayerSpectrum, LayerUpdate, rows_as_dicts
 from ..evaluation.results import rows_of
 from ..quickstart.measure import Stage
+
+
+def print_result(sentence: str, facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what a command has done, or would do."""
+    if as_json:
+        _print_json(facts)
+    else:
+        print(sentence)
+
+
+def covariance_facts(path: Path, covariances: Covariances) -> dict[str, Any]:
+    """Return what is said of a file of covariances."""
+    return {
+        "output": str(path),
+        "matrices": len(covariances),
+        "layers": sum(map(len, covariances.groups.values())),
+        "tokens": max(covariances.tokens.values(), default=0),
+    }
 
 
 def print_spectra(
@@ -130,7 +149,8 @@ def _print_table(table: Table, notes: Iterable[str]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    # devices and paths as they are written
+    print(json.dumps(value, indent=2, default=str))
 
 
 def _maybe(value: float | None, form: str, otherwise: str = "-") -> str:

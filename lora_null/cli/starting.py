@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +13,7 @@ from ..config import LoraNullConfig
 from ..models.settings import Loading
 from ..system.files import require_writable
 from .options import (
+    AsJson,
     Method,
     Model,
     Overwrite,
@@ -24,6 +27,7 @@ from .options import (
     parse_pattern,
     parse_targets,
 )
+from .reading import Text
 
 
 def init(
@@ -33,7 +37,7 @@ def init(
         typer.Argument(help="Covariance file if no --data, adapter.", show_default=False),
     ],
     covariances: Annotated[Path | None, typer.Option(help="The same file.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Text instead; takes calibrate's options.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Text instead; takes calibrate's options.")] = None,
     keep_covariances: Annotated[Path | None, typer.Option(help="With --data: write them, too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --data: print the memory.")] = False,
     r: Rank = 128,
@@ -57,10 +61,12 @@ def init(
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help=help_of(LoraNullConfig, "use_rslora"))] = False,
     modules_to_save: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "modules_to_save"))] = None,
     method: Annotated[Method, typer.Option(help="How null spaces are found.")] = Method.auto,
+    weights: Annotated[str | None, typer.Option(hidden=True)] = None,
     field: Annotated[str | None, typer.Option(hidden=True)] = None,
-    max_tokens: Annotated[int, typer.Option(hidden=True)] = 65536,
-    sequence_length: Annotated[int, typer.Option(hidden=True)] = 512,
-    batch_size: Annotated[int, typer.Option(hidden=True)] = 16,
+    roles: Annotated[str | None, typer.Option(hidden=True)] = None,
+    max_tokens: Annotated[int | None, typer.Option(hidden=True)] = None,
+    sequence_length: Annotated[int | None, typer.Option(hidden=True)] = None,
+    batch_size: Annotated[int | None, typer.Option(hidden=True)] = None,
     mask: Annotated[str, typer.Option(hidden=True)] = "attention",
     accumulate: Annotated[str, typer.Option(hidden=True)] = "fp32",
     verify_base: Annotated[bool, typer.Option("--verify-base/--no-verify-base", hidden=True)] = True,
@@ -68,13 +74,16 @@ def init(
     loading: Loading,
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    json: AsJson = False,
     progress: Progress = True,
 ) -> None:
     """Write the adapter that training starts from; it changes no output yet."""
     from ..covariances.covariances import Covariances
+    from .output import print_result
 
-    file, folder = _inputs(output, covariances, data)
-    if data is None and (dry_run or keep_covariances):
+    text = Text(data or (), None, weights, field, roles, max_tokens, sequence_length, batch_size, mask)
+    file, folder = _inputs(output, covariances, text.data)
+    if not text.data and (dry_run or keep_covariances):
         raise ValueError("dry_run and keep_covariances go with --data; there are covariances in a file already.")
     config = LoraNullConfig(
         r=r,
@@ -95,30 +104,30 @@ def init(
         group_pooling=int(group_pooling) if group_pooling and group_pooling.isdecimal() else group_pooling,
     )
     loaded_task = None if task is None else Covariances.load(task)
-    if data is not None:
-        text = {"field": field, "max_tokens": max_tokens, "sequence_length": sequence_length, "batch_size": batch_size}
-        sums = {"mask": mask, "accumulate": accumulate, "progress": progress}
+    if text.data:
+        sums = {"mask": text.counted, "accumulate": accumulate, "progress": progress}
         chosen = {"method": method.value, "keep": keep_covariances, "verify_base": verify_base}
-        prepared = _one_pass(model, data, text, sums, config, loading, loaded_task, chosen)
+        prepared = _one_pass(model, text, sums, config, loading, loaded_task, chosen)
         if dry_run:
-            typer.echo(prepared.plan)
+            print_result(str(prepared.plan), asdict(prepared.plan), as_json=json)
             return
         prepared.run(folder, overwrite=overwrite)
     else:
         options: dict[str, Any] = {"method": method.value, "verify_base": verify_base, "progress": progress}
         _from_file(model, file, folder, config, loading, loaded_task, overwrite, options)
-    typer.echo(
+    said = (
         f"{folder}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "
         "lora_null.peft.load_trainable(model, path)."
     )
+    print_result(said, {"output": str(folder), "config": config.to_dict()}, as_json=json)
 
 
-def _inputs(paths: list[Path], covariances: Path | None, data: Path | None) -> tuple[Path | None, Path]:
+def _inputs(paths: list[Path], covariances: Path | None, data: Sequence[Path]) -> tuple[Path | None, Path]:
     """Return the file of covariances and the output from the arguments, of which the first may be an option."""
     *first, output = paths
     given = [*first, *filter(None, [covariances])]
-    if len(given) + (data is not None) != 1:
-        named = ", ".join(map(str, [*given, *filter(None, [data])])) or "nothing"
+    if len(given) + bool(data) != 1:
+        named = ", ".join(map(str, [*given, *data])) or "nothing"
         raise ValueError(
             f"The adapter {output} is to be made from {named}; expected one file of covariances (lora-null init MODEL "
             "covariances output) or text (lora-null init MODEL output --data text.jsonl)."
@@ -153,8 +162,7 @@ def _from_file(
 
 def _one_pass(
     model: str,
-    data: Path,
-    text: dict[str, Any],
+    text: Text,
     sums: dict[str, Any],
     config: LoraNullConfig,
     loading: Loading,
@@ -162,7 +170,7 @@ def _one_pass(
     chosen: dict[str, Any],
 ) -> Any:
     from ..calibration.options import Options
-    from ..calibration.texts import check_sizes, read_texts, token_batches
+    from ..calibration.texts import labelled
     from ..models.loading import choose_device, load_tokenizer
     from ..onepass.initialize import prepare
 
@@ -172,8 +180,8 @@ def _one_pass(
         )
     if chosen["keep"] is not None:
         require_writable(chosen["keep"])
-    documents = read_texts(data, field=text.pop("field"))
-    check_sizes(**text)
     options = Options(device=choose_device(loading.device), low_memory=True, **sums)
-    batches = token_batches(load_tokenizer(model, loading), documents, **text, seed=config.seed)
+    batches = text.read(load_tokenizer(model, loading), config.seed)
+    if text.roles is not None:
+        batches = labelled(batches)
     return prepare(model, batches, config, options, loading, task=task, **chosen)

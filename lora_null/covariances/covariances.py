@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from .packed import DenseMatrices, PackedFile, PackedMatrices, PackedScaled, Pac
 
 _KIND = "lora_null.covariances"
 _VERSION = 1
+# Beyond a ratio of 2^24 the lighter text is lost in the rounding of float32, and far beyond it a sum overflows.
+_WEIGHTS = 1e-6, 1e6
 
 
 class Covariances:
@@ -118,14 +119,10 @@ class Covariances:
         Before they are added to those of another text, that is: a factor common to all changes no null space.
 
         Raises:
-            ValueError: ``weight`` is no positive number. A difference of covariances is no covariance: what is taken
-                away would leave directions with negative energy, which a null space would prefer to all others.
+            ValueError: ``weight`` is no number from 1e-6 to 1e6. A difference of covariances is no covariance: what is
+                taken away would leave directions with negative energy, which a null space would prefer to all others.
         """
-        if not (isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf):
-            raise ValueError(
-                f"weight is {weight!r}; expected a positive number. A text cannot be subtracted: directions would get "
-                "negative energy, which a null space prefers to all others. Calibrate on the texts that shall count."
-            )
+        check_weight(weight)
         facts = {**self.metadata, "weight": f"{weight:g}"}
         return Covariances(PackedScaled(self._matrices, weight), self.groups, self.tokens, facts)
 
@@ -191,6 +188,17 @@ class Covariances:
             return cls(file, groups, tokens, metadata)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: its header is incomplete or contradicts itself ({error}).") from error
+
+
+def check_weight(weight: Any) -> None:
+    """Raise ValueError unless a text can count ``weight`` times."""
+    least, most = _WEIGHTS
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not least <= weight <= most:
+        raise ValueError(
+            f"weight is {weight!r}; expected a positive number, from {least:g} to {most:g}: how often a text counts. "
+            "A text cannot be subtracted: directions would get negative energy, which a null space prefers to all "
+            "others. Calibrate on the texts that shall count."
+        )
 
 
 def _both(name: str, first: Mapping[str, str], second: Mapping[str, str]) -> str:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..calibration.texts import read_json_lines, read_texts
+from ..calibration.sources import read_json_lines, read_texts
 
 # A text, or a prompt with the completion that alone is scored.
 Text = str | Mapping[str, str]
@@ -57,7 +57,8 @@ def read_documents(name: str, texts: str | os.PathLike | Sequence[Text]) -> list
         ValueError: There is no text, or an empty one.
     """
     if isinstance(texts, str | os.PathLike):
-        texts = _read_pairs(Path(texts)) or read_texts(Path(texts))
+        # conversations are refused below, as what they are
+        texts = cast(list[Text], _read_pairs(Path(texts)) or list(read_texts(Path(texts))))
     if not len(texts):
         raise ValueError(f"{name} holds no text; expected a file or a list with at least one document.")
     for number, text in enumerate(texts, start=1):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration.texts import read_json_lines
+from ..calibration.sources import read_json_lines
 from .documents import encode_pair
 
 

@@ -106,6 +106,41 @@ def beside(path: Path, ending: str) -> Path:
 
 
 @contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Yield whether this process holds ``path``, a file that says so to others and is gone afterwards.
+
+    A killed process leaves the file, which the next one takes over.
+    """
+    if os.name != "posix":
+        from filelock import FileLock, Timeout  # which removes its file there
+
+        try:
+            with FileLock(path, timeout=0):
+                yield True
+        except Timeout:
+            yield False
+        return
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            if not _lock(descriptor, wait=False):
+                yield False
+                return
+            try:
+                if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    continue
+            except FileNotFoundError:
+                continue  # its holder removed it between our opening and our locking
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
 def _temporary(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
     """Yield what ``make`` makes beside ``path``, under a name of its own, and remove what is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import lora_null
 from lora_null import cli
-from lora_null.calibration.texts import read_texts, token_batches
+from lora_null.calibration.sources import read_texts
+from lora_null.calibration.texts import token_batches
 
 COMMANDS = ("calibrate", "add", "init", "export", "merge", "eval", "inspect", "report", "bench", "quickstart")
 
@@ -47,8 +48,8 @@ class TestHelp:
 
         fields = set(lora_null.LoraNullConfig.__dataclass_fields__)
         behind = {
-            "calibrate": [lora_null.calibrate, token_batches, read_texts],
-            "init": [lora_null.initialize, lora_null.initialize_streaming, token_batches, read_texts],
+            "calibrate": [lora_null.calibrate, lora_null.text_batches],
+            "init": [lora_null.initialize, lora_null.initialize_streaming, lora_null.text_batches],
             "export": [export_adapter],
             "evaluate": [lora_null.evaluate, lora_null.load_adapter],
             "inspect": [adapter_report, spectrum_report],

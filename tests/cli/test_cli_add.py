@@ -39,8 +39,9 @@ def test_what_does_not_go_together_is_refused(files, run):
     for arguments, match in (
         (("0", "other"), "other layers"),
         (("0", "1", "--weights", "1,-1"), "cannot be subtracted"),
-        (("0", "1", "--weights", "1"), "expected 2 numbers"),
-        (("0", "1", "--weights", "one,two"), "expected 2 numbers"),
+        (("0", "1", "--weights", "0.5"), "expected 2, one for each text"),
+        (("0", "1", "--weights", "one,two"), "expected numbers with commas"),
+        (("0", "1", "--weights", "1,1e300"), "from 1e-06 to 1e+06"),
         (("0", "missing"), "no such file"),
     ):
         paths = [folder / part if part in ("0", "1", "other", "missing") else part for part in arguments]

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from lora_null.calibration.texts import read_texts, token_batches
+from lora_null.calibration.sources import read_texts
+from lora_null.calibration.texts import token_batches
 from lora_null.cli.options import parse_targets
 from lora_null.models.loading import parse_dtype
 

@@ -118,7 +118,7 @@ def test_meta_is_no_device_to_run_on(calibrated_folder, run):
 
 
 def test_checkpoint_that_cannot_be_written(folder, run, monkeypatch):
-    monkeypatch.setattr("lora_null.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lora_null.models.loading.load_weights", lambda *_, **__: pytest.fail("loaded"))
     calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--output", folder / "out")
     refused(run, *calibrate, "--checkpoint", folder, match="is a folder; expected the name of a file")
     refused(run, *calibrate, "--checkpoint", folder / "text.txt", match="cannot be read as a safetensors")
@@ -143,10 +143,10 @@ def test_a_checkpoint_of_a_patched_model_is_no_base(calibrated_folder, run):
 
 def test_output_that_cannot_be_written(calibrated_folder, run, monkeypatch):
     folder = calibrated_folder
-    monkeypatch.setattr("lora_null.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lora_null.models.loading.load_weights", lambda *_, **__: pytest.fail("loaded"))
     calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt")
     refused(run, *calibrate, "--output", folder / "model", "--overwrite", match="is a folder")
-    refused(run, *calibrate, "--output", folder / "text.txt", "--overwrite", match="the file of the calibration text")
+    refused(run, *calibrate, "--output", folder / "text.txt", "--overwrite", match="a file of the calibration text")
     below = folder / "text.txt" / "below" / "out"
     refused(run, *calibrate, "--output", below, match="text.txt is a file")
     refused(run, "init", folder / "model", folder / "cov", below, match="text.txt is a file")
@@ -158,7 +158,7 @@ def test_overwrite_is_for_covariances_only(calibrated_folder, run, monkeypatch):
     folder = calibrated_folder
     calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt", "--overwrite", "--output")
     assert run(*calibrate, folder / "cov")[0] == 0
-    monkeypatch.setattr("lora_null.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lora_null.models.loading.load_weights", lambda *_, **__: pytest.fail("loaded"))
     for name in ("model/model.safetensors", "model/config.json"):
         before = (folder / name).read_bytes()
         refused(run, *calibrate, folder / name, match="exists and is no covariance file")
@@ -167,7 +167,7 @@ def test_overwrite_is_for_covariances_only(calibrated_folder, run, monkeypatch):
 
 
 def test_a_folder_that_may_not_be_written_to(folder, run, monkeypatch):
-    monkeypatch.setattr("lora_null.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lora_null.models.loading.load_weights", lambda *_, **__: pytest.fail("loaded"))
     # The administrator, who may run the tests, may write anywhere, but nobody can write there.
     calibrate = ("calibrate", folder / "model", "--data", folder / "text.txt")
     refused(run, *calibrate, "--output", "/proc/below/out", match="may not write to /proc")

@@ -20,6 +20,7 @@ TENSOR = torch.rand(4, 4)
 FUNCTIONS = {
     "calibrate": (lora_null.calibrate, ("model", "batches"), {}),
     "memory_plan": (lora_null.memory_plan, ("model", "batch"), {}),
+    "text_batches": (lora_null.text_batches, ("tokenizer", "path"), {}),
     "initialize": (lora_null.initialize, ("model", "covariances", "config"), {"progress": False}),
     "load_adapter": (lora_null.load_adapter, ("model", "path"), {}),
     "save_adapter": (lora_null.save_adapter, ("adapted", "path"), {}),
@@ -82,6 +83,7 @@ def good(tmp_path_factory):
         "config": lora_null.LoraNullConfig(r=4),
         "path": tmp_path_factory.mktemp("paths") / "none",
         "matrix": TENSOR,
+        "tokenizer": lambda text: {"input_ids": [1]},
     }
 
 
