@@ -22,18 +22,18 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 app = typer.Typer(
     name="lora-null",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 for command in (commands.calibrate, commands.add, starting.init, commands.export, commands.merge):
     app.command()(with_flags(command))
 app.command("eval")(with_flags(judging.evaluate))
-app.command()(judging.inspect)
-app.command()(judging.report)
+app.command()(with_flags(judging.inspect))
+app.command()(with_flags(judging.report))
 
 
 @app.command()
+@with_flags
 def bench(
     d: Annotated[int, typer.Option("--d", help="Input features.")] = 2048,
     m: Annotated[int, typer.Option("--m", help="Output features.")] = 2048,
@@ -44,7 +44,10 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed calls of each operation.")] = 7,
     json: AsJson = False,
 ) -> None:
-    """Time this package's operations beside plain torch on this machine, for one layer shape."""
+    """Time this package's operations beside plain torch on this machine, for one layer shape.
+
+    Example: lora-null bench --d 4096 --m 4096 --r 64 --device cuda
+    """
     from ..models.loading import choose_device, parse_dtype
     from .bench import measure
     from .output import print_timings
@@ -58,7 +61,10 @@ def bench(
 
 @app.command()
 def doctor(json: AsJson = False) -> None:
-    """Show versions, compiler, extension, devices and settings, and what will be used on this machine."""
+    """Show versions, compiler, extension, devices and settings, and what will be used on this machine.
+
+    Example: lora-null doctor --json
+    """
     from .doctor import examine
     from .output import print_findings
 
@@ -68,7 +74,10 @@ def doctor(json: AsJson = False) -> None:
 @app.command()
 @with_flags
 def quickstart(settings: Settings) -> None:
-    """Calibrate, fine-tune with LoRA and LoRA-Null, compare what each forgot, save, reload."""
+    """Calibrate, fine-tune with LoRA and LoRA-Null, compare what each forgot, save, reload.
+
+    Example: lora-null quickstart --steps 64 --learning-rate 1e-3
+    """
     from ..quickstart.run import run
 
     run(settings)

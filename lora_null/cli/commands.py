@@ -40,7 +40,10 @@ def calibrate(
     json: AsJson = False,
     progress: Progress = True,
 ) -> None:
-    """Sum the activation covariances of a model over calibration text."""
+    """Sum the activation covariances of a model over calibration text.
+
+    Example: lora-null calibrate MODEL --data text.jsonl --output c.safetensors
+    """
     from ..calibration.calibrate import calibrate as run
     from ..calibration.estimate import estimate
     from ..calibration.masks import is_encoder_decoder
@@ -89,7 +92,10 @@ def add(
     overwrite: Overwrite = False,
     json: AsJson = False,
 ) -> None:
-    """Add covariances of several texts, so that an adapter leaves all of them alone."""
+    """Add covariances of several texts, so that an adapter leaves all of them alone.
+
+    Example: lora-null add a.safetensors b.safetensors --weights 1,0.5
+    """
     from ..calibration.texts import check_weights
     from ..covariances.covariances import Covariances, check_target
     from .output import covariance_facts, print_result
@@ -121,7 +127,10 @@ def export(
     overwrite: Overwrite = False,
     json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint to a plain LoRA adapter: one rank, lora_alpha = r, no scaling left."""
+    """Convert a checkpoint to a plain LoRA adapter: one rank, lora_alpha = r, no scaling left.
+
+    Example: lora-null export CHECKPOINT adapter --dtype bfloat16
+    """
     from ..adapters.export import export_adapter
     from ..adapters.files import check_target
     from ..models.loading import parse_dtype
@@ -153,7 +162,10 @@ def merge(
     overwrite: Overwrite = False,
     json: AsJson = False,
 ) -> None:
-    """Fold an adapter into its base model and write a plain Hugging Face checkpoint."""
+    """Fold an adapter into its base model and write a plain Hugging Face checkpoint.
+
+    Example: lora-null merge MODEL adapter merged
+    """
     from ..adapters.load import load_adapter
     from ..adapters.merge import check_merge_target, save_merged
     from ..adapters.merge import merge as fold

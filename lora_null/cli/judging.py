@@ -30,7 +30,10 @@ def evaluate(
     json: AsJson = False,
     progress: Progress = True,
 ) -> None:
-    """Measure tuned models beside the pre-trained one: what was kept, what was learned."""
+    """Measure tuned models beside the pre-trained one: what was kept, what was learned.
+
+    Example: lora-null eval MODEL adapter --keep text.jsonl --task task.jsonl
+    """
     from ..evaluation import evaluate as run
     from ..evaluation.documents import read_documents
     from ..evaluation.questions import read_questions
@@ -69,15 +72,20 @@ def report(
     eval: Annotated[Path | None, typer.Option(help="File of eval --json.")] = None,
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     overwrite: Overwrite = False,
+    json: AsJson = False,
     progress: Progress = True,
 ) -> None:
-    """Write one page about an adapter: what was done, kept and learned, with pictures."""
+    """Write one page about an adapter: what was done, kept and learned, with pictures.
+
+    Example: lora-null report adapter --covariances cov.safetensors
+    """
     from ..covariances.covariances import Covariances
     from ..evaluation import write_report
+    from .output import print_result
 
     loaded = None if covariances is None else Covariances.load(covariances)
     path = write_report(adapter, output, covariances=loaded, evaluation=eval, overwrite=overwrite, progress=progress)
-    typer.echo(f"{path}: report on {adapter}")
+    print_result(f"{path}: report on {adapter}", {"output": str(path), "adapter": str(adapter)}, as_json=json)
 
 
 def inspect(
@@ -92,7 +100,10 @@ def inspect(
     json: AsJson = False,
     progress: Progress = True,
 ) -> None:
-    """Print null energy, effective rank and condition per layer with advice, or what an adapter changes."""
+    """Print null energy, effective rank and condition per layer with advice, or what an adapter changes.
+
+    Example: lora-null inspect cov.safetensors --r 32
+    """
     from ..covariances.covariances import Covariances
     from ..evaluation.advice import advise
     from ..evaluation.report import adapter_report, spectrum_report

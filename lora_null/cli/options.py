@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..config import LoraNullConfig
+from .run_file import RunFile
 
 
 class Method(str, Enum):
@@ -29,15 +30,16 @@ def help_of(owner: type, name: str) -> str:
 
 
 def with_flags(command: Callable) -> Callable:
-    """Give a command, in place of each parameter that is a dataclass, one flag for each field of it."""
+    """Give a command ``--config``, and in place of each parameter that is a dataclass one flag for each field of it."""
     hints = get_type_hints(command, include_extras=True)
     owners: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    parameters: list[Parameter] = []
+    parameters = [Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=RunFile)]
     for name, parameter in signature(command).parameters.items():
         own = _flags(owners[name]) if name in owners else [parameter.replace(annotation=hints[name])]
         parameters += [flag.replace(kind=Parameter.KEYWORD_ONLY) for flag in own]
 
-    def run(**values: Any) -> Any:
+    # the file has been read by then
+    def run(*, config: Path | None = None, **values: Any) -> Any:
         for name, owner in owners.items():
             values[name] = owner(**{field.name: values.pop(field.name) for field in fields(owner)})
         return command(**values)

@@ -36,7 +36,7 @@ def init(
         list[Path],
         typer.Argument(help="Covariance file if no --data, adapter.", show_default=False),
     ],
-    covariances: Annotated[Path | None, typer.Option(help="The same file.")] = None,
+    covariances: Annotated[Path | None, typer.Option(hidden=True)] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Text instead; takes calibrate's options.")] = None,
     keep_covariances: Annotated[Path | None, typer.Option(help="With --data: write them, too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --data: print the memory.")] = False,
@@ -45,9 +45,7 @@ def init(
     target_modules: Targets = "all-linear",
     exclude_modules: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "exclude_modules"))] = None,
     train: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "train"))] = None,
-    freeze_a: Annotated[
-        bool | None, typer.Option("--freeze-a/--no-freeze-a", help=help_of(LoraNullConfig, "freeze_a"))
-    ] = None,
+    freeze_a: Annotated[bool | None, typer.Option("--freeze-a/--no-freeze-a", hidden=True)] = None,
     energy: Annotated[float | None, typer.Option(help=help_of(LoraNullConfig, "energy"))] = None,
     task: Annotated[Path | None, typer.Option(help="Covariances of the task's text.")] = None,
     group_pooling: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "group_pooling"))] = None,
@@ -55,7 +53,7 @@ def init(
     layers_to_transform: Annotated[
         str | None, typer.Option(help=help_of(LoraNullConfig, "layers_to_transform"))
     ] = None,
-    layers_pattern: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "layers_pattern"))] = None,
+    layers_pattern: Annotated[str | None, typer.Option(hidden=True)] = None,
     rank_pattern: Annotated[list[str] | None, typer.Option(help=help_of(LoraNullConfig, "rank_pattern"))] = None,
     alpha_pattern: Annotated[list[str] | None, typer.Option(help=help_of(LoraNullConfig, "alpha_pattern"))] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help=help_of(LoraNullConfig, "use_rslora"))] = False,
@@ -77,7 +75,10 @@ def init(
     json: AsJson = False,
     progress: Progress = True,
 ) -> None:
-    """Write the adapter that training starts from; it changes no output yet."""
+    """Write the adapter that training starts from; it changes no output yet.
+
+    Example: lora-null init MODEL cov.safetensors adapter --r 32
+    """
     from ..covariances.covariances import Covariances
     from .output import print_result
 

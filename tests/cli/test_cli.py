@@ -15,7 +15,7 @@ from lora_null import cli
 from lora_null.calibration.sources import read_texts
 from lora_null.calibration.texts import token_batches
 
-COMMANDS = ("calibrate", "add", "init", "export", "merge", "eval", "inspect", "report", "bench", "quickstart")
+COMMANDS = ("calibrate", "add", "init", "export", "merge", "eval", "inspect", "report", "bench", "doctor", "quickstart")
 
 
 def logits(model):
@@ -36,7 +36,7 @@ class TestHelp:
         code, out, _ = run(*filter(None, [command]), "--help")
         assert code == 0 and len(out.splitlines()) <= 40
         assert max(map(len, out.splitlines())) <= 80
-        assert not command or all(name in out for name in ("Usage", "Options"))
+        assert not command or all(word in out for word in ("Usage", "Options", f"Example: lora-null {command}"))
 
     def test_flags_are_the_names_of_the_python_arguments(self):
         """What a flag sets must be an argument of the function behind the command."""
@@ -56,7 +56,7 @@ class TestHelp:
             "report": [write_report],
             "quickstart": [Settings],
         }
-        common = {"output", "overwrite", "dry_run", "json", "data", *Loading.__dataclass_fields__}
+        common = {"config", "output", "overwrite", "dry_run", "json", "data", *Loading.__dataclass_fields__}
         for name, functions in behind.items():
             (command,) = [c.callback for c in cli.app.registered_commands if c.callback.__name__ == name]
             known = fields | common | {p for f in functions for p in inspect.signature(f).parameters}

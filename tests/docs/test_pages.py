@@ -1,12 +1,16 @@
 """The pages hold together: the navigation, links, every public name explained, and every block of code executed."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from lora_null import LoraNullConfig
+from lora_null.cli import starting
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -137,3 +141,6 @@ def test_the_yaml_of_the_pages_can_be_read():
     keys = {page.name: yaml.safe_load(body) for page in PAGES for kind, body in blocks(page) if kind == "yaml"}
     assert keys["axolotl.md"]["plugins"] == ["lora_null.integrations.axolotl.LoraNullPlugin"]
     assert keys["llama_factory.md"]["finetuning_type"] == "lora"
+    # what init is told there is all that it needs
+    assert set(keys["command_line.md"]) <= set(inspect.signature(starting.init).parameters)
+    assert LoraNullConfig(**{key: keys["command_line.md"][key] for key in ("r", "train", "rank_pattern")}).r == 32
