@@ -73,7 +73,7 @@ class FusedKernels:
                 layer.__class__ = lora.Linear  # type: ignore[assignment]
 
 
-@takes(peft_model=nn.Module)
+@takes(on_meta=True, peft_model=nn.Module)
 def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
     """Let the LoRA layers of ``peft_model`` compute base and adapter in one operation, in place and reversibly.
 

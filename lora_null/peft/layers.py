@@ -13,7 +13,7 @@ from ..models.arguments import takes
 from ..models.wrappers import plain_name
 
 
-@takes(peft_model=nn.Module)
+@takes(on_meta=True, peft_model=nn.Module)
 def freeze_lora_A(peft_model: nn.Module, adapter_name: str = "default") -> int:
     """Freeze ``lora_A`` so that PEFT's own switches keep it frozen; return the number of layers.
 
@@ -25,7 +25,7 @@ def freeze_lora_A(peft_model: nn.Module, adapter_name: str = "default") -> int:
     return len(layers)
 
 
-@takes(peft_model=nn.Module)
+@takes(on_meta=True, peft_model=nn.Module)
 def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
     """Return the layers that hold the adapter, by their name in the base model.
 

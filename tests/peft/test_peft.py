@@ -325,3 +325,10 @@ def test_fusing_twice_can_still_be_undone(llama):
     assert handle.patched == 14
     handle.undo()
     assert {type(module) for module in model.modules() if isinstance(module, lora.LoraLayer)} == {lora.Linear}
+
+
+def test_a_model_without_values_gets_the_fused_forward(llama):
+    """As PEFT makes it with low_cpu_mem_usage, before the values come."""
+    with torch.device("meta"):
+        model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert lora_null_peft.use_fused_kernels(model).patched == 2
