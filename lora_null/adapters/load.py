@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.arguments import PATH, takes
-from ..models.identity import fingerprint
+from ..models.identity import fingerprint, require_same
 from ..models.quantised import warn_of_trainer
 from ..models.refusals import Target, require_finite, require_floating
 from ..models.targets import survey
@@ -154,13 +154,14 @@ def load_adapter(
 
 def require_base(model: nn.Module, folder: Path, state: AdapterState | None, found: str | None) -> None:
     """Refuse a model whose weights, by their fingerprint ``found``, are others than those the adapter began on."""
-    if found and state and state.base_fingerprint and found != state.base_fingerprint:
-        raise ValueError(
-            f"{folder} was trained on other weights than those of this {type(model).__name__}: the shapes agree, the "
-            "values do not. Load the base model that the adapter was trained on, unmerged and without other adapters, "
-            "or pass verify_base=False (--no-verify-base) if the difference is intended: a base that was rounded to "
-            "float16, say."
-        )
+    require_same(
+        state.base_fingerprint if state else None,
+        found,
+        f"{folder} was trained on other weights than those of this {type(model).__name__}",
+        "Load the base model that the adapter was trained on, unmerged and without other adapters, or pass "
+        "verify_base=False (--no-verify-base) if the difference is intended: one base rounded to bfloat16 here and to "
+        "float16 there, say.",
+    )
 
 
 def require_covariances(source: Path | str, covariances: Covariances | None) -> Covariances:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
-from ..models.identity import fingerprint
+from ..models.identity import fingerprint, require_same
 from ..models.refusals import Target
 from ..solver.factorize import factors_of
 from ..solver.pooling import spread
@@ -223,12 +223,11 @@ def require_these_weights(
     if not known or not members <= set(named):
         return
     present = print_of({name: linear for name, linear in named.items() if name in members})
-    # Of sums, those of the last text are of the model that the others were learned in. Quantised ones have no print.
-    prints = known.split(" + ")
-    if present and all(prints) and present not in prints:
-        raise ValueError(
-            f"The {what} were collected on other weights than these: the shapes agree, the values do not, and the null "
-            "spaces of another model protect nothing here. Run lora_null.calibrate on this one, or pass "
-            "verify_base=False (--no-verify-base) if the difference is intended: covariances from before an earlier "
-            "adapter was merged, or a base that was rounded to float16, say."
-        )
+    require_same(
+        known,
+        present,
+        f"The {what} were collected on other weights than these",
+        "The null spaces of another model protect nothing here. Run lora_null.calibrate on this one, or pass "
+        "verify_base=False (--no-verify-base) if the difference is intended: covariances from before an earlier "
+        "adapter was merged, say, or one base rounded to bfloat16 here and to float16 there.",
+    )

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.files import Adapter
 from ..covariances.covariances import Covariances
+from ..models.identity import require_same
 
 # Below this share of the largest eigenvalue the spectrum of an fp32 sum is rounding noise.
 _NOISE = float(torch.finfo(torch.float32).eps)
@@ -257,12 +258,12 @@ def _held(U: Tensor, C: Tensor) -> tuple[float, float]:
 def _check_comparable(covariances: Covariances, against: Covariances) -> None:
     """Refuse covariances whose comparison would say nothing, before any spectrum is computed."""
     covariances + against  # refuses other layers and sizes, and adds no matrix before one is asked for
-    prints = [each.metadata.get("base_fingerprint") for each in (covariances, against)]
-    if all(prints) and prints[0] != prints[1]:
-        raise ValueError(
-            "against was collected on a model with other weights in these layers; expected the one of the covariances. "
-            "Calibrate both halves of the text on one model."
-        )
+    require_same(
+        covariances.metadata.get("base_fingerprint"),
+        against.metadata.get("base_fingerprint"),
+        "against was collected on a model with other weights in these layers than the covariances",
+        "Calibrate both halves of the text on one model.",
+    )
     data = [each.metadata.get("data") for each in (covariances, against)]
     if data[0] and data[0] == data[1]:
         raise ValueError(

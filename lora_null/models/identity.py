@@ -1,7 +1,8 @@
 """Which weights a result belongs to, asked in two ways.
 
 :func:`fingerprint` asks whether these are the pre-trained weights that covariances or an adapter were made for: a
-sample of the adapted layers, blind to dtype, kept in files for good. Other weights bring an error or a warning.
+sample of the adapted layers, blind to dtype, kept in files for good. Other weights are refused by
+:func:`require_same`, rounded ones accepted with a warning.
 :func:`weights_key` asks whether a calibration may go on from the sums of an interrupted one: all bits of the model,
 dtype included, kept in its checkpoint only. There one changed bit must be seen.
 """
@@ -15,6 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..system.log import warn_once
 from ..system.tensors import bytes_of
 from .quantised import is_dense
 from .weights import dense_weight, gathered, materialized
@@ -22,25 +24,29 @@ from .weights import dense_weight, gathered, materialized
 # Elements of each weight that enter the fingerprint: enough to tell two models apart, and 120 layers of a
 # 135M model take 10 ms.
 _SAMPLES = 64
+# Of them in one dtype of 16 bits.
+_BYTES = 2 * _SAMPLES
 
 
 def fingerprint(linears: Mapping[str, nn.Linear]) -> str | None:
     """Hash names, shapes and a sample of the values of pre-trained weights, whatever dtype they were loaded in.
 
-    The values are rounded to bf16, so that a bf16 checkpoint loaded in fp32 is the same model. Quantised
-    weights have no values to compare: ``None``.
+    Twice, with a slash in between: the values rounded to bf16, so that a bf16 checkpoint loaded in fp32 is the same
+    model, and rounded to fp16, by which :func:`require_same` knows one that is loaded in that. Quantised weights have
+    no values to compare: ``None``.
     """
     return fingerprint_of(sample_of(name, linear) for name, linear in linears.items())
 
 
 def fingerprint_of(samples: Iterable[bytes | None]) -> str | None:
     """Return :func:`fingerprint` of the layers, in order, of which :func:`sample_of` gave these."""
-    digest = hashlib.sha256()
+    digest, in_half = hashlib.sha256(), hashlib.sha256()
     for sample in samples:
         if sample is None:
             return None
-        digest.update(sample)
-    return digest.hexdigest()
+        digest.update(sample[:-_BYTES])
+        in_half.update(sample[: -2 * _BYTES] + sample[-_BYTES:])
+    return f"{digest.hexdigest()}/{in_half.hexdigest()}"
 
 
 def sample_of(name: str, linear: nn.Linear) -> bytes | None:
@@ -51,8 +57,41 @@ def sample_of(name: str, linear: nn.Linear) -> bytes | None:
         weight = linear.weight
         flat = dense_weight(linear).flatten()
         step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step][:_SAMPLES].to("cpu", torch.bfloat16)
-    return f"{name}:{tuple(weight.shape)}".encode() + sample.view(torch.int16).numpy().tobytes()
+        sample = flat[::step][:_SAMPLES].cpu()
+    sample = nn.functional.pad(sample, (0, _SAMPLES - len(sample)))
+    parts = (sample.to(dtype).view(torch.int16).numpy().tobytes() for dtype in (torch.bfloat16, torch.float16))
+    return f"{name}:{tuple(weight.shape)}".encode() + b"".join(parts)
+
+
+def require_same(known: str | None, present: str | None, problem: str, remedy: str) -> None:
+    """Refuse weights whose fingerprint is another one; a warning where the two agree in fp16.
+
+    Args:
+        known: As recorded; of sums of covariances, those of every text with `` + `` in between.
+        present: Of the weights at hand.
+        problem: What was made for other weights than which, and
+        remedy: what to do then; both for the error.
+
+    Raises:
+        ValueError: Both are known, and the weights are no rounding of each other.
+    """
+    prints = (known or "").split(" + ")
+    # Of sums, those of the last text are of the model that the others were learned in. Quantised ones have no print.
+    if not present or not all(prints):
+        return
+    own, _, own_in_half = present.partition("/")
+    if any(own == each.partition("/")[0] for each in prints):
+        return
+    if own_in_half and any(own_in_half == each.partition("/")[2] for each in prints):
+        warn_once(
+            "rounded-base",
+            f"{problem}, but only by rounding: the two agree in float16. Errors of the size of that rounding follow.",
+        )
+        return
+    raise ValueError(
+        f"{problem}: the shapes agree, the values do not, and differ by more than a load in bfloat16, or in float16, "
+        f"makes of them. {remedy}"
+    )
 
 
 # Width of the table over which the bits of a weight are summed, in 8-byte words.
