@@ -65,7 +65,7 @@ release: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt build
 	$(BIN)/python tests/support/release.py
 
-# The wheel on other versions of Python, where they are on this machine, and of torch.
+# Both on other versions of Python, where they are on this machine, and of torch.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 TORCHES ?= 2.13.0
 test-matrix: $(VENV)/.installed

@@ -86,7 +86,7 @@ def test_a_path_without_compilers_has_everything_else(release, tmp_path, monkeyp
 def test_an_interpreter_that_is_not_here_is_left_out(release, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(release, "build", lambda into: (tmp_path / "x.tar.gz", tmp_path / "x.whl"))
     tried = []
-    monkeypatch.setattr(release, "try_wheel", lambda wheel, python, torch: tried.append((python, torch)))
+    monkeypatch.setattr(release, "try_out", lambda sdist, wheel, python, torch: tried.append((python, torch)))
     monkeypatch.setattr(sys, "argv", ["release", "--python", "python9.99", "--python", sys.executable, "--torch", "1"])
     release.main()
     assert tried == [(sys.executable, "1")]

@@ -2,7 +2,7 @@
 
 ``python tests/support/release.py`` builds sdist and wheel into ``dist`` and installs each into an empty environment:
 the wheel without and with a compiler at hand, the sdist compiled ahead. ``--python`` and ``--torch``, repeatable, try
-the wheel on other versions instead; an interpreter that is not on this machine is named and left out.
+other versions instead; an interpreter that is not on this machine is named and left out.
 """
 
 from __future__ import annotations
@@ -85,46 +85,42 @@ def smoke(inside: Path, wanted: str, **variables: str) -> None:
         run(inside, ROOT / "tests" / "support" / "smoke.py", wanted, cwd=empty, env=values)
 
 
-def try_wheel(wheel: Path, python: str, torch: str) -> None:
-    """Install the wheel in an empty environment and run it, without a compiler first, then with one."""
+def try_out(sdist: Path, wheel: Path, python: str, torch: str) -> None:
+    """Install wheel and sdist, one after the other, in an empty environment, and run each.
+
+    The wheel without a compiler first, then with one; the sdist compiled against the installed torch ahead of time, and
+    then run without a compiler.
+    """
     with tempfile.TemporaryDirectory() as folder:
         inside = environment(Path(folder) / "venv", python, torch)
+        (Path(folder) / "bin").mkdir()
+        bare = without_compilers(Path(folder) / "bin")
         run(inside, "-m", "pip", "install", "-q", wheel)
-        (Path(folder) / "bin").mkdir()
-        smoke(inside, "plain", PATH=without_compilers(Path(folder) / "bin"))
+        smoke(inside, "plain", PATH=bare)
         smoke(inside, "compiled")
-
-
-def try_sdist(sdist: Path, python: str, torch: str) -> None:
-    """Install the sdist against the installed torch, so that the extension is compiled ahead, and run it."""
-    with tempfile.TemporaryDirectory() as folder:
-        inside = environment(Path(folder) / "venv", python, torch)
+        run(inside, "-m", "pip", "uninstall", "-q", "-y", "lora_null")
         run(inside, "-m", "pip", "install", "-q", "--no-build-isolation", sdist)
-        (Path(folder) / "bin").mkdir()
-        smoke(inside, "compiled", PATH=without_compilers(Path(folder) / "bin"))
+        smoke(inside, "compiled", PATH=bare)
 
 
 def main() -> None:
     """Build and try; see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", action="append", help="interpreters to try the wheel on")
-    parser.add_argument("--torch", action="append", help="versions of torch to try the wheel on")
+    parser.add_argument("--python", action="append", help="interpreters to try them on")
+    parser.add_argument("--torch", action="append", help="versions of torch to try them on")
     arguments = parser.parse_args()
     if wrong := unready():
         sys.exit("\n".join(wrong))
     pinned = re.findall(r"^torch==(\S+)", text("constraints.txt"), re.MULTILINE)
     sdist, wheel = build(ROOT / "dist")
-    if not arguments.python and not arguments.torch:
-        try_wheel(wheel, sys.executable, pinned[0])
-        try_sdist(sdist, sys.executable, pinned[0])
-    for python in arguments.python or []:
+    for python in arguments.python or [sys.executable]:
         # pyenv's shims are on the PATH for interpreters that they refuse to start.
         found = shutil.which(python)
         if found is None or subprocess.run([found, "--version"], capture_output=True).returncode:
             print(f"{python}: not on this machine, left out")
             continue
         for torch in arguments.torch or pinned:
-            try_wheel(wheel, found, torch)
+            try_out(sdist, wheel, found, torch)
     print(f"lora_null {version()}: {sdist.name} and {wheel.name} are ready in dist")
 
 
