@@ -109,9 +109,20 @@ class LoraNullLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Refuse a scaling set by hand: no state dict holds it, and it would be read under the one attached."""
+        """Refuse a scaling set by hand: few files hold it, and it would be read under the one attached."""
         _require_stated_scaling(self, prefix)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Where torch keeps versions: no file of safetensors has it, what torch.save writes does.
+        if metadata := getattr(destination, "_metadata", None):
+            metadata[prefix[:-1]][SAVED_SCALING] = self.scaling
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
+        """Bring ``B`` of a run with another scaling to this one, where the state dict knows it."""
+        factor = local_metadata.get(SAVED_SCALING, self.stated_scaling) / self.stated_scaling
+        for name in ("lora_B", "initial_B") if factor != 1 else ():
+            if (key := f"{prefix}{name}.weight") in state_dict:
+                state_dict[key] = factor * state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
         """Return fp32 ``(A, B)`` with ``B A`` the change of the pre-trained weight; see ``delta.stack``."""
@@ -135,6 +146,8 @@ class LoraNullLinear(nn.Linear):
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, shifted={self.shifted}"
 
 
+# In what torch keeps of a state dict besides its tensors: the scaling that they were trained with.
+SAVED_SCALING = "lora_null_scaling"
 # Adapted class by the class it adapts; made on demand for quantised and other special linears.
 _PATCHED: dict[type, type[LoraNullLinear]] = {nn.Linear: LoraNullLinear}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from ..adapters.extras import keys_of
 from ..adapters.names import PEFT_CONFIG
@@ -20,9 +21,9 @@ from .basis import drop_coefficients, learns_within
 from .complete import require_complete
 from .layers import lora_layers
 from .recipe import recipe_of, scale_B, with_recipe
-from .untouched import for_untouched_base, initial_of, is_shifted, take_apart
+from .untouched import for_untouched_base, initial_of, is_shifted, note_scaling, take_apart
 
-# On the model: adapter name to Record. On a layer: that what is loaded into it is looked at.
+# On the model: adapter name to Record. On it and on layers: that what is read from and loaded into them is looked at.
 _RECORDS, _WATCHED = "_lora_null_records", "_lora_null_watched"
 
 
@@ -50,14 +51,35 @@ def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
     setattr(peft_model, _RECORDS, records)
     for layer in lora_layers(peft_model, adapter_name).values():
         if _WATCHED not in layer.__dict__:
+            layer.register_state_dict_post_hook(note_scaling)
             layer.register_load_state_dict_pre_hook(take_apart)
             setattr(layer, _WATCHED, True)
+    if _WATCHED not in peft_model.__dict__:
+        peft_model.register_state_dict_post_hook(handed_out)
+        setattr(peft_model, _WATCHED, True)
     # Without these a model has no way to save adapters: save_pretrained, if any, writes all its weights as they are.
     saves_adapters = isinstance(peft_model, PeftModel) or getattr(peft_model, "_hf_peft_config_loaded", False)
     if saves_adapters and not isinstance(peft_model.__dict__.get("save_pretrained"), SavePretrained):
         peft_model.save_pretrained = SavePretrained(peft_model)
     if isinstance(peft_model, PeftModel) and not isinstance(peft_model.__dict__.get("load_adapter"), LoadAdapter):
         peft_model.load_adapter = LoadAdapter(peft_model)
+
+
+def handed_out(peft_model: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Let PEFT's ``get_peft_model_state_dict`` return an adapter for the untouched base, as files hold it.
+
+    A hook for ``register_state_dict_post_hook``. All the function does with a model is to ask for its state dict, where
+    the others who ask want the factors as they are; so it is known by its call.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not get_peft_model_state_dict.__code__:
+        frame = frame.f_back
+    if prefix or frame.f_code is not get_peft_model_state_dict.__code__:
+        return
+    adapter_name = frame.f_locals["adapter_name"]
+    drop_coefficients(state_dict, adapter_name)
+    if is_shifted(peft_model):
+        for_untouched_base(peft_model, adapter_name, state_dict)
 
 
 def recalled(peft_model: Any, adapter_name: str) -> AdapterState | None:

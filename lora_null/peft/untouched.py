@@ -10,8 +10,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..adapters.delta import pad, stack, unstack
+from ..adapters.layer import SAVED_SCALING
 from ..adapters.state import INITIAL
 from ..models.wrappers import plain_name
+from ..system.tensors import PLAIN_TENSORS
 from .layers import holds_linear, lora_modules
 
 # How far A0 and B0 of a checkpoint may be from the layer's own, relative to their norms; more where they were rounded.
@@ -105,10 +107,11 @@ def pattern_of(name: str, layer: Any, adapter_name: str) -> tuple[dict[str, int]
 
 
 @torch.no_grad()
-def take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *_: Any) -> None:
     """Give factors that are loaded the form that the layer holds; a hook for ``register_load_state_dict_pre_hook``.
 
-    On a shifted base they come from :func:`for_untouched_base`. Everywhere, rows of zeros that made ranks uniform go.
+    On a shifted base they come from :func:`for_untouched_base`. Everywhere, rows of zeros that made ranks uniform go,
+    and ``lora_B`` is brought to the layer's scaling where :func:`note_scaling` has left that of its run.
 
     Raises:
         ValueError: They were made for the untouched base, or for another shifted one.
@@ -118,10 +121,17 @@ def take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> 
         key_A, key_B, bias = (f"{prefix}{part}.{name}.{kind}" for part, kind in _ENTRIES)
         if key_A not in state_dict or key_B not in state_dict:
             continue
+        factor = local_metadata.get(SAVED_SCALING, {}).get(name, layer.scaling[name]) / layer.scaling[name]
+        for key in (key_B, bias) if factor != 1 else ():
+            if key in state_dict:
+                state_dict[key] = factor * state_dict[key]
         lora_A, lora_B = state_dict[key_A], state_dict[key_B]
         r, rows = len(layer.lora_A[name].weight), len(lora_A)
         # A whole model's state dict has the base too, shifted as it is.
-        if initial is not None and rows != len(initial[0]) and f"{prefix}base_layer.weight" not in state_dict:
+        base = state_dict.get(f"{prefix}base_layer.weight")
+        if initial is not None and base is not None:
+            _require_same_shift(f"{prefix}{name}", layer, base, initial)
+        elif initial is not None and rows != len(initial[0]):
             lora_A, lora_B = _unshifted(f"{prefix}{name}", lora_A, lora_B, initial)
             scaling = float(layer.scaling[name])
             state_dict[key_A], state_dict[key_B] = pad(lora_A, lora_B * (initial[2] / scaling), r)
@@ -129,6 +139,14 @@ def take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> 
                 state_dict[bias] = state_dict[bias] / scaling
         elif rows > r and not bool(lora_A[r:].any()) and not bool(lora_B[:, r:].any()):
             state_dict[key_A], state_dict[key_B] = lora_A[:r], lora_B[:, :r]
+
+
+def note_scaling(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Leave in a state dict the scaling that its factors belong to; a hook for ``register_state_dict_post_hook``.
+
+    It is kept where torch keeps versions: no file of safetensors has it, what ``torch.save`` writes does.
+    """
+    local_metadata[SAVED_SCALING] = {name: float(scaling) for name, scaling in layer.scaling.items()}
 
 
 _ENTRIES = (("lora_A", "weight"), ("lora_B", "weight"), ("lora_B", "bias"))
@@ -143,11 +161,27 @@ def _unshifted(
     lora_A, change_B, *found = unstack(stacked_A.float(), stacked_B.float(), initial[2], r)
     for got, own in zip(found, (initial_A, initial_B), strict=True):
         if got.shape != own.shape or (got - own).norm() > tolerance * own.norm():
-            raise ValueError(
-                f"The checkpoint's adapter {name} started from other factors than this model's, so that it "
-                "belongs to another shifted base. To resume, initialise with the covariances and the LoraConfig of "
-                "that run (Covariances.save keeps them); to go on from the checkpoint alone, use "
-                "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
-            )
+            raise _other_start(name)
     # The layer's own B0, which its base was shifted by: that of the file may be rounded.
     return lora_A, change_B + initial_B
+
+
+def _require_same_shift(name: str, layer: Any, base: Tensor, initial: tuple[Tensor, Tensor, float]) -> None:
+    own = layer.get_base_layer().weight
+    if type(base) not in PLAIN_TENSORS or type(own) not in PLAIN_TENSORS or base.shape != own.shape:
+        return
+    lora_A, lora_B = (factor.to(own.device, torch.float32) for factor in initial[:2])
+    # || s B0 A0 ||, without the product
+    shift = abs(initial[2]) * ((lora_A @ lora_A.T) * (lora_B.T @ lora_B)).sum().clamp_min(0).sqrt()
+    off = (base.to(own.device).float() - own.float()).norm()
+    if off > (_TOLERANCE if base.dtype.itemsize >= 4 else _TOLERANCE_HALF) * shift:
+        raise _other_start(name)
+
+
+def _other_start(name: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint's adapter {name} started from other factors than this model's, so that it belongs to another "
+        "shifted base. To resume, initialise with the covariances and the LoraConfig of that run (Covariances.save "
+        "keeps them); to go on from the checkpoint alone, use "
+        "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
+    )

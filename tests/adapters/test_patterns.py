@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapter_tools import R, ids, trained
+from adapter_tools import R, ids, learn, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -184,3 +184,16 @@ def test_a_checkpoint_with_a_scaling_set_by_hand_is_refused(llama, token_batches
     with torch.no_grad():
         loaded = lora_null.load_adapter(llama(), tmp_path / "exported")
         torch.testing.assert_close(loaded(ids()).logits, wanted)
+
+
+@pytest.mark.parametrize("train", ["b", "ab"])
+def test_a_state_dict_of_another_scaling(llama, calibrated, tmp_path, train):
+    def made(alpha):
+        config = LoraNullConfig(r=4, lora_alpha=alpha, train=train)
+        return lora_null.initialize(llama(), calibrated[1], config, progress=False)
+
+    model, other = learn(made(2)), made(12)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,13 @@ import json
 import pytest
 import torch
 from adapter_tools import ids, learn
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 
 import lora_null
@@ -175,3 +181,64 @@ def test_adapters_are_never_pickled(start, tmp_path):
     with pytest.raises(ValueError, match=r"safe_serialization is False, .* expected safetensors"):
         start().save_pretrained(str(tmp_path / "saved"), safe_serialization=False)
     assert not (tmp_path / "saved").exists()
+
+
+class TestStateDicts:
+    """What PEFT's free functions and torch's own take out of a model and put into another."""
+
+    @pytest.mark.parametrize("train", ["b", "b_in_basis", "ab"])
+    @pytest.mark.parametrize("how", ["peft", "transformers"])
+    def test_pefts_function_returns_an_adapter_for_the_untouched_base(self, llama, calibrated, train, how):
+        config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["q_proj", "up_proj"])
+
+        def made(config=config):
+            model = llama()
+            if how == "peft":
+                return get_peft_model(model, config)
+            model.add_adapter(config)
+            return model
+
+        def started():
+            energy = {"energy": 0.9} if train == "b_in_basis" else {}
+            return lora_null_peft.initialize_lora_null_weights(
+                made(), calibrated[1], train=train, progress=False, **energy
+            )
+
+        model = learn(started())
+        want, base = logits(model), logits(llama())
+        adapter = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+        plain = made(
+            LoraConfig(r=2 * R, lora_alpha=2 * R, target_modules=["q_proj", "up_proj"]) if train == "ab" else config
+        )
+        found = set_peft_model_state_dict(plain, adapter)
+        assert not found.unexpected_keys
+        assert (logits(plain) - want).norm() <= 1e-5 * (want - base).norm()
+        # as a reminder of the best step so far
+        learn(model, seed=3)
+        set_peft_model_state_dict(model, adapter)
+        assert (logits(model) - want).norm() <= 1e-5 * (want - base).norm()
+        assert model.state_dict().keys() == started().state_dict().keys()
+
+    def test_it_is_refused_where_no_adapter_can_be_given(self, start):
+        model = start(freeze_a=False, target_modules=["q_proj"])
+        model.add_adapter("second", LoraConfig(target_modules=["k_proj"]))
+        with pytest.raises(ValueError, match="'second' has no adapter there"):
+            get_peft_model_state_dict(model, adapter_name="second")
+
+    def test_a_whole_model_of_another_scaling(self, start, llama, tmp_path):
+        model = learn(start(lora_alpha=3))
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        other = start(lora_alpha=5 * R)
+        other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+        other.save_pretrained(str(tmp_path / "adapter"))
+        for loaded in (other, PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))):
+            assert (logits(loaded) - logits(model)).norm() <= 1e-5 * (logits(model) - logits(llama())).norm()
+
+    def test_a_whole_model_of_another_start_is_refused(self, start, llama, token_batches):
+        covariances = lora_null.calibrate(llama(), token_batches(seed=2), progress=False)
+        model = start(freeze_a=False)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for other in ({"covariances": covariances}, {"lora_alpha": R}):
+            with pytest.raises(ValueError, match="started from other factors"):
+                model.load_state_dict(learn(start(freeze_a=False, **other)).state_dict())
+        model.load_state_dict(before)
