@@ -66,6 +66,8 @@ class BatchReader:
         self.is_hf = hasattr(config, "to_dict")
         self.vocabulary, self.placeholders = _vocabulary(model)
         self.extra: dict[str, Any] = {}
+        # in the order in which they were met
+        self.weights: dict[float, None] = {}
         if self.is_hf and "use_cache" in self.parameters:
             self.extra["use_cache"] = False
         if "logits_to_keep" in self.parameters and not needs_head:
@@ -77,6 +79,7 @@ class BatchReader:
         if isinstance(item, Mapping) and WEIGHT in item:
             item = dict(item)
             check_weight(weight := item.pop(WEIGHT))
+        self.weights[weight] = None
         inputs = self._inputs(item, index)
         self.check_ids(inputs, index)
         masks = self.rule.read(inputs, index)

@@ -181,6 +181,7 @@ def provenance(job: Job, config: LoraNullConfig, sums: Sums, base_fingerprint: s
         "target_modules": json.dumps(config.to_dict()["target_modules"]),
         **job.options.key(),
         "data": sums.data,
+        **({} if set(job.reader.weights) <= {1} else {"weight": " + ".join(f"{w:g}" for w in job.reader.weights)}),
     }
 
 

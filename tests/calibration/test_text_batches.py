@@ -157,6 +157,7 @@ class TestWeights:
         found = lora_null.calibrate(model, batches, progress=False, **options)
         wanted = self.wanted(model, tokenizer, texts)
         assert found.tokens == wanted.tokens and found.groups == wanted.groups
+        assert found.metadata["weight"] == wanted.metadata["weight"] == "1 + 0.3 + 25"
         for key, matrix in wanted.items():
             assert_close(found[key], matrix)
 
