@@ -76,6 +76,9 @@ class LoraNullConfig:
             a layer where only that leaves ``r`` directions; else the ``r`` least used directions are free.
         basis_dtype: Of the free directions in memory: ``"float32"``, ``"float64"``, or ``"bfloat16"`` for half the
             memory and about ``2^-9`` of A's length in the protected directions.
+        target_parameters: Names, or ends of names, of parameters that hold the matrices of a layer's experts, such as
+            ``["experts.gate_up_proj", "experts.down_proj"]``, as in PEFT: :func:`lora_null.calibrate` sums what they
+            read too, for :func:`lora_null.peft.initialize_lora_null_weights`. ``target_modules`` may be empty then.
         group_pooling: QA-LoRA (arXiv 2309.14717): the adapter reads the mean of each group of so many inputs, and
             :func:`lora_null.merge` puts it into the zero points of a base that is quantised in groups of that size.
             ``"auto"``: the group size of the base. Goes with the modes that leave the base untouched.
@@ -99,6 +102,7 @@ class LoraNullConfig:
     energy: float | None = helped("Share to protect; default in a basis: 0.99.", None)
     basis_dtype: str = helped("Of the free directions: float32, bfloat16, float64.", "float32")
     group_pooling: int | str | None = helped("Inputs read as their mean, or auto.", None)
+    target_parameters: Sequence[str] | None = helped("Parameters that hold experts, with commas.", None)
 
     def __post_init__(self):
         if not _is_rank(self.r):
@@ -116,7 +120,7 @@ class LoraNullConfig:
             raise ValueError(f"seed is {self.seed!r}; expected an integer.")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError('target_modules is empty; expected "all-linear", a regular expression or names.')
         if not isinstance(self.target_modules, str) and not all(isinstance(name, str) for name in self.target_modules):
             raise ValueError(f"target_modules is {self.target_modules!r}; expected names, or one string.")
@@ -163,6 +167,7 @@ class LoraNullConfig:
             ("layers_to_transform", int),
             ("layers_pattern", str),
             ("modules_to_save", str),
+            ("target_parameters", str),
         ):
             value = getattr(self, name)
             if name == "exclude_modules" and isinstance(value, str):

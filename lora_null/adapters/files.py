@@ -65,8 +65,10 @@ class Adapter:
 
     @property
     def r(self) -> int:
-        """The largest rank, which is that of all layers in a folder that we write."""
-        return max(len(lora_A) for lora_A, _ in self.factors.values())
+        """The largest rank, which is that of all linear layers in a folder that we write."""
+        ranks = [len(lora_A) for lora_A, _ in self.factors.values()]
+        # Without any, experts alone have adapters.
+        return max(ranks) if ranks or self.state is None else self.state.config.r
 
     def scaling_of(self, name: str) -> float:
         """Return the factor of ``B A`` of a module."""

@@ -81,6 +81,12 @@ def initialize(
     """
     require_floating(adapter_dtype, "adapter_dtype")
     wrapper, model, config = model, uncompiled(model), config or LoraNullConfig()
+    if config.target_parameters:
+        raise ValueError(
+            f"target_parameters is {config.target_parameters!r}, but initialize puts adapters on linear layers; "
+            "expected None here. Experts get theirs in PEFT's format: peft.get_peft_model with the same "
+            "target_parameters, and lora_null.peft.initialize_lora_null_weights."
+        )
     layers = survey(model)
     targets = _called(layers.select(config), covariances, config)
     with announcing_failure():
@@ -88,7 +94,7 @@ def initialize(
         _check(layers, targets)
         trained = require_modules(model, config.modules_to_save or (), targets, "modules_to_save")
     start = start_factors(
-        layers.linears,
+        layers.matrices,
         {name: config.rank_of(name) for name in targets},
         covariances,
         config,

@@ -18,6 +18,7 @@ from ..solver.pooling import spread
 from ..system.distributed import announcing_failure
 from ..system.log import logger
 from .basis import FreeDirections
+from .experts import few_experts, with_pooled
 from .spaces import Free, find_free, find_spaces, read, require_enough
 
 
@@ -84,9 +85,12 @@ def start_factors(
             linears[name].require_rank(r, L)
             if config.train == "ab":
                 linears[name].require_writable("freeze_a=False")
+        few = few_experts(linears, keys, covariances)
+        covariances, keys = with_pooled(covariances, keys, few)
         of_task = None
         if task is not None:
             own = _checked_groups(linears, ranks, task, aliases, verify_base, "task covariances")
+            task, own = with_pooled(task, own, few | few_experts(linears, own, task))
             of_task = _Renamed(task, {keys[name]: key for name, key in own.items()}, L)
     largest = _largest(ranks, keys)
     free = find_free(covariances, largest, config, progress=progress)
@@ -101,7 +105,7 @@ def start_factors(
         group_pooling=L,
         progress=progress,
     )
-    base_fingerprint = fingerprint({name: linears[name].linear for name in ranks})
+    base_fingerprint = fingerprint({name: target.linear for name, target in linears.items() if name in ranks})
     factors = {}
     for name, r in tqdm(ranks.items(), "factorise", unit="layer", disable=not progress):
         # Eigenvalues ascend, so a smaller rank takes the leading columns.
@@ -138,6 +142,7 @@ def directions_of(
         keys = _checked_groups(linears, ranks, covariances, aliases, verify_base)
         for name, r in ranks.items():
             linears[name].require_rank(r, config.group_pooling)
+        covariances, keys = with_pooled(covariances, keys, few_experts(linears, keys, covariances))
     free = find_free(covariances, _largest(ranks, keys), config, progress=progress)
     require_enough(free, ranks, keys, config.energy)
     return _by_layer(free, keys)

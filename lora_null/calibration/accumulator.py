@@ -96,10 +96,7 @@ class Accumulator:
         count = rows.shape[0] if index is None else index.numel()
         if count == 0:
             return
-        if rows.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            rows = rows.float()
-        device = self.placement.compute or rows.device
-        entry = self.sums.get(key) or self._new_sum(key, rows.shape[1], device)
+        rows, entry, device = self._entry(key, rows)
         entry.tokens += count
         capacity = self.placement.queue_tokens
         if not self.placement.queue or 2 * rows.shape[0] >= capacity:
@@ -119,6 +116,13 @@ class Accumulator:
         entry.queued += count
         if 2 * entry.queued >= capacity:
             self._flush(entry)
+
+    def add_at_once(self, key: str, rows: Tensor, batch: int) -> None:
+        """Add rows ``(n, d)``, perhaps none, that all count, without a queue in front of the sum."""
+        rows, entry, device = self._entry(key, rows)
+        entry.tokens += len(rows)
+        if len(rows):
+            self._update(entry, rows.to(device), None, ((batch, -1, -1),))
 
     def flush(self) -> None:
         """Empty every queue, and check the sums."""
@@ -146,6 +150,13 @@ class Accumulator:
             for (entry, origins, _), good in zip(updates, finite, strict=True):
                 if not good:
                     raise ValueError(_not_finite(entry, origins))
+
+    def _entry(self, key: str, rows: Tensor) -> tuple[Tensor, Sum, torch.device]:
+        """Return the rows in a type that can be summed, the sum of ``key``, and the device where it is formed."""
+        if rows.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            rows = rows.float()
+        device = self.placement.compute or rows.device
+        return rows, self.sums.get(key) or self._new_sum(key, rows.shape[1], device), device
 
     def _new_sum(self, key: str, d: int, device: torch.device) -> Sum:
         matrix = torch.zeros(d, d, dtype=self.placement.dtype, device=self.placement.store or device)

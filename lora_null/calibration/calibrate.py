@@ -53,8 +53,11 @@ def calibrate(
 
     Linear layers that receive the same tensor share one matrix; which do is observed, so q, k, v and gate, up of a
     LLaMA block give 4 matrices per block. A subclass of ``nn.Linear`` that computes something else than ``x W^T``, as
-    some routers of experts do, is left out with a warning. The model runs in eval mode without gradients, and without
-    its output head where it allows that; its modes, hooks and weights are as before when this returns or raises.
+    some routers of experts do, is left out with a warning. Experts that are fused into parameters are summed where
+    ``config.target_parameters`` names these: all ``gate_up_proj`` of a layer share one matrix, of the tokens that the
+    layer reads; ``down_proj`` has one for each expert, of what that makes of its own tokens. The model runs in eval
+    mode without gradients, and without its output head where it allows that; its modes, hooks and weights are as before
+    when this returns or raises.
 
     Under ``torch.distributed`` each process runs its share of the batches, and all return the same sums. An error
     in one process ends the others with ``OtherProcessFailed``; a process that is killed ends them when
@@ -69,7 +72,8 @@ def calibrate(
             count, see :meth:`Covariances.weighted`), or a tuple in the order of the model's arguments. One tensor or
             mapping is cut into batches of about ``queue_tokens`` tokens. Or a function without arguments that runs the
             model: every call of the model in it is a batch.
-        config: Only ``target_modules`` matters here; the default covers every linear layer but the output head.
+        config: What it selects matters here, by ``target_modules`` and ``target_parameters``; the default covers every
+            linear layer but the output head.
         mask: Which tokens count. ``"attention"``: those with ``attention_mask != 0``. ``"labels"``: of
             those, the ones with ``labels != -100``, which leaves out prompts. ``"none"``: all, padding too. In an
             encoder-decoder model the decoder has a mask of its own: ``decoder_attention_mask``, or the labels. Of
@@ -179,6 +183,7 @@ def provenance(job: Job, config: LoraNullConfig, sums: Sums, base_fingerprint: s
         "base_fingerprint": base_fingerprint or "",
         "without_tokens": json.dumps([name for name in linears if name not in called]),
         "target_modules": json.dumps(config.to_dict()["target_modules"]),
+        **({"target_parameters": json.dumps(config.target_parameters)} if config.target_parameters else {}),
         **job.options.key(),
         "data": sums.data,
         **({} if set(job.reader.weights) <= {1} else {"weight": " + ".join(f"{w:g}" for w in job.reader.weights)}),
@@ -225,6 +230,17 @@ def check_counts(
             missing[0],
         )
     few = [key for key in tokens if tokens[key] < 2 * sizes[key]]
+    pooled = [key for key in few if getattr(linears[key], "is_routed", False)]
+    if pooled:
+        logger.warning(
+            "%d experts saw fewer than 2 tokens per feature (%s: %d tokens, d = %d). In their place initialisation "
+            "takes the sum over all experts of the layer. For null spaces of their own, calibrate on more text.",
+            len(pooled),
+            pooled[0],
+            tokens[pooled[0]],
+            sizes[pooled[0]],
+        )
+    few = [key for key in few if key not in pooled]
     if few:
         worst = max(few, key=lambda key: sizes[key] / tokens[key])
         logger.warning(

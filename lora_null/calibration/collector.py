@@ -17,7 +17,7 @@ from .checkpoint import Progress
 from .masks import Masks
 from .shared_inputs import SharedInputs
 from .sides import Sides
-from .watching import watching
+from .watching import Routed, watching
 
 
 class Collector:
@@ -100,14 +100,19 @@ class Collector:
         with self.sides.following(), watching(linears, self.receive, self.left_out):
             yield
 
-    def receive(self, name: str, x: Tensor) -> None:
-        """Take the input ``x (..., d)`` of the layer ``name``."""
+    def receive(self, name: str, x: Tensor, routed: Routed | None = None) -> None:
+        """Take the input ``x (..., d)`` of the layer ``name``; ``routed`` says of which tokens an expert made it."""
         if not self.shared.receive(name, x):
             return
         # The caller's loop may run under inference_mode, whose tensors could never be updated outside of it, or
         # under autocast, which would form the sums in bf16.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach()
+            if routed is not None:
+                mask = self.sides.selection(name, routed.tokens)
+                counts = None if mask.mask is None else mask.on(x.device)[0][routed.rows]
+                self.accumulator.add_at_once(name, x if counts is None else x[counts], self.batch)
+                return
             selection = self.sides.selection(name, x)
             self.accumulator.add(name, x.reshape(-1, x.shape[-1]), selection, self.batch)
 

@@ -174,6 +174,8 @@ def _queues(seen: Probe, keys: Sequence[str], placement: Placement) -> list[Item
     sizes: Counter[torch.device] = Counter()
     for key in keys:
         shape = seen.inputs[key]
+        if not shape.queued:
+            continue
         sizes[placement.compute or shape.device] += placement.queue_tokens * shape.d * shape.dtype.itemsize
     return [
         Item(f"queues of {placement.queue_tokens} tokens", device, size if placement.queue else 0)

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from ..models.layout import shape_of
 from .shared_inputs import SharedInputs
-from .watching import watching
+from .watching import Routed, watching
 
 
 @dataclass(frozen=True)
 class SeenInput:
-    """The input of a group of layers, as the probe saw it."""
+    """The input of a group of layers, as the probe saw it; ``queued``: its rows may wait for more of them."""
 
     d: int
     device: torch.device
     dtype: torch.dtype
+    queued: bool = True
 
 
 @dataclass
@@ -43,9 +44,9 @@ def probe(model: nn.Module, inputs: Mapping, linears: Mapping[str, nn.Linear], s
     """Run ``model(**inputs)`` once."""
     shared, seen, left_out = SharedInputs(share_inputs), {}, dict[str, str]()
 
-    def receive(name: str, x: Tensor) -> None:
+    def receive(name: str, x: Tensor, routed: Routed | None = None) -> None:
         if shared.receive(name, x):
-            seen[name] = SeenInput(x.shape[-1], x.device, x.dtype)
+            seen[name] = SeenInput(x.shape[-1], x.device, x.dtype, routed is None)
 
     with watching(linears, receive, left_out):
         model(**inputs)
@@ -59,6 +60,9 @@ def unprobed(linears: Mapping[str, nn.Linear]) -> Probe:
     """Assume that no two layers share an input: the most that calibration can need."""
     return Probe(
         {name: (name,) for name in linears},
-        {name: SeenInput(shape_of(m)[1], m.weight.device, m.weight.dtype) for name, m in linears.items()},
+        {
+            name: SeenInput(shape_of(m)[1], m.weight.device, m.weight.dtype, not getattr(m, "is_routed", False))
+            for name, m in linears.items()
+        },
         tuple(linears),
     )

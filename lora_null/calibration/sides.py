@@ -40,12 +40,16 @@ class Sides:
         self.masked, self.two_sided = masked, is_encoder_decoder(model)
         self._encoder: Any = model.get_encoder() if self.two_sided else None  # type: ignore[operator]
         self._side = _sides(model, self._encoder)
+        names = list(names)
         self._towers = _towers(model, self._side, names)
         self._readers = [
             (module, inspect.signature(module.forward))
             for name, module in model.named_modules()
             if (self.two_sided or self._towers) and self._side[name] in (MAIN, TARGET) and _reads_memory(module)
         ]
+        # Experts are named after a parameter of theirs, and a number.
+        experts = [name for name in names if name not in self._side]
+        self._side |= {name: self._side[name.rsplit(".", 2)[0]] for name in experts}
         self.end()
 
     def begin(self, batch: int, masks: Masks) -> None:

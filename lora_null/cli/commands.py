@@ -12,7 +12,20 @@ import typer
 from ..config import LoraNullConfig
 from ..models.settings import Loading
 from ..system.files import require_writable
-from .options import AsJson, Data, Model, Overwrite, Progress, Seed, Targets, VerifyBase, Weights, parse_targets
+from .options import (
+    AsJson,
+    Data,
+    Model,
+    Overwrite,
+    Progress,
+    Seed,
+    Targets,
+    VerifyBase,
+    Weights,
+    help_of,
+    parse_names,
+    parse_targets,
+)
 from .reading import Text, parse_weights
 
 
@@ -28,6 +41,7 @@ def calibrate(
     sequence_length: Annotated[int | None, typer.Option(help="Longer is cut.", show_default="512, written 128")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Documents at a time.", show_default="16, written 32")] = None,
     target_modules: Targets = "all-linear",
+    target_parameters: Annotated[str | None, typer.Option(help=help_of(LoraNullConfig, "target_parameters"))] = None,
     mask: Annotated[str, typer.Option(help="What counts: attention, none.")] = "attention",
     accumulate: Annotated[str, typer.Option(help="Sums in fp32 or fp64.")] = "fp32",
     checkpoint: Annotated[Path | None, typer.Option(help="File of sums in progress, to go on from.")] = None,
@@ -63,7 +77,8 @@ def calibrate(
         mask=text.counted, accumulate=accumulate, checkpoint=checkpoint, low_memory=low_memory
     )
     checked = Options(**options)
-    config = LoraNullConfig(target_modules=parse_targets(target_modules), seed=seed)
+    parameters = parse_names(target_parameters)
+    config = LoraNullConfig(target_modules=parse_targets(target_modules), target_parameters=parameters, seed=seed)
     tokenizer = load_tokenizer(model, loading)
     batches = text.read(tokenizer, seed)
     loaded = load_weights(model, loading)

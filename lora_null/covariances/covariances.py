@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.arguments import PATH, takes
 from ..system.files import parse_json
 from .header import counts_by_key, names_by_key, strings_by_key
-from .packed import DenseMatrices, PackedFile, PackedMatrices, PackedScaled, PackedSums, write_packed
+from .packed import DenseMatrices, PackedFile, PackedMatrices, PackedPools, PackedScaled, PackedSums, write_packed
 
 _KIND = "lora_null.covariances"
 _VERSION = 1
@@ -214,6 +214,24 @@ def _whole(count: Any) -> Any:
         return int(count)
     except (OverflowError, TypeError, ValueError):
         return count  # which counts_by_key names
+
+
+def pooled(covariances: Covariances, pools: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> Covariances:
+    """Return covariances with some groups in one, whose matrix is a sum, made when it is asked for.
+
+    Args:
+        covariances: Of all groups.
+        pools: Key of the new group, which is one of its own, to the keys of the groups that go into it and of those
+            that are summed.
+    """
+    dropped = {key for key, (members, _) in pools.items() for key in members} - set(pools)
+    groups = {key: names for key, names in covariances.groups.items() if key not in dropped}
+    tokens = {key: covariances.tokens[key] for key in groups}
+    for key, (members, summed) in pools.items():
+        groups[key] = tuple(name for member in members for name in covariances.groups[member])
+        tokens[key] = sum(covariances.tokens[part] for part in summed)
+    sums = {key: summed for key, (_, summed) in pools.items()}
+    return Covariances(PackedPools(covariances._matrices, sums, dropped), groups, tokens, covariances.metadata)
 
 
 def check_target(path: Path, overwrite: bool) -> None:

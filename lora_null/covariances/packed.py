@@ -6,7 +6,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -143,6 +143,34 @@ class PackedScaled(PackedMatrices):
     def packed(self, name: str) -> Tensor:
         """Multiply a triangle."""
         return self._matrices.packed(name) * self._weight
+
+
+class PackedPools(PackedMatrices):
+    """Matrices of which some are replaced by sums, each made when asked for.
+
+    Args:
+        matrices: The matrices.
+        pools: Name in the result to the names that are summed for it.
+        dropped: Names that are left out.
+    """
+
+    def __init__(self, matrices: PackedMatrices, pools: Mapping[str, Sequence[str]], dropped: set[str]):
+        self.dtype = matrices.dtype
+        self.sides = {name: d for name, d in matrices.sides.items() if name not in dropped}
+        self._matrices, self._pools = matrices, pools
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._pools:
+            return self._matrices[name]
+        first, *others = self._pools[name]
+        total = self._matrices[first].clone()
+        for other in others:
+            total += self._matrices[other].to(total.device)
+        return total
+
+    def packed(self, name: str) -> Tensor:
+        """Pack the lower triangle now."""
+        return self._matrices.packed(name) if name not in self._pools else pack_lower(self[name])
 
 
 def write_packed(path: Path, matrices: PackedMatrices, metadata: dict[str, str]) -> None:

@@ -54,13 +54,14 @@ def sample_of(name: str, linear: nn.Linear) -> bytes | None:
     with materialized(linear):
         if not is_dense(linear):
             return None
-        weight = linear.weight
-        flat = dense_weight(linear).flatten()
-        step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step][:_SAMPLES].cpu()
+        weight = dense_weight(linear)
+        # Where it lies transposed, a flat form would be a copy.
+        rows, columns = weight.shape
+        places = torch.arange(0, rows * columns, max(1, rows * columns // _SAMPLES), device=weight.device)[:_SAMPLES]
+        sample = weight[places // columns, places % columns].cpu()
     sample = nn.functional.pad(sample, (0, _SAMPLES - len(sample)))
     parts = (sample.to(dtype).view(torch.int16).numpy().tobytes() for dtype in (torch.bfloat16, torch.float16))
-    return f"{name}:{tuple(weight.shape)}".encode() + b"".join(parts)
+    return f"{name}:{(rows, columns)}".encode() + b"".join(parts)
 
 
 def require_same(known: str | None, present: str | None, problem: str, remedy: str) -> None:

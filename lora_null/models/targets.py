@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoraNullConfig
 from ..system.log import logger, warn_once
+from .experts import matrices_of
 from .layout import is_linear
 from .refusals import Target
 
@@ -37,13 +39,30 @@ class Survey:
     heads: set[str]
     stacks: dict[str, int]
 
+    @cached_property
+    def experts(self) -> dict[str, Target]:
+        """The matrices of all experts that are fused in a known way, by name of the parameter and number."""
+        found = {}
+        for stack in self.stacks:
+            owner, _, parameter = stack.rpartition(".")
+            for matrix in matrices_of(self.model.get_submodule(owner), parameter):
+                name = f"{stack}.{matrix.expert}"
+                found[name] = Target(name, cast(nn.Linear, matrix))
+        return found
+
+    @property
+    def matrices(self) -> dict[str, Target]:
+        """All that calibration can sum the inputs of: the linear layers, and the experts."""
+        return {**self.linears, **self.experts} if self.stacks else self.linears
+
     def select(self, config: LoraNullConfig | None = None) -> dict[str, Target]:
         """Select linear layers as PEFT does, by name.
 
         Args:
             config: Its ``target_modules`` select: ``"all-linear"``, a regular expression that must match the whole
                 name, or names: a module is selected when its name equals one or ends in ``.`` and one of them. Of
-                these, ``exclude_modules``, ``layers_to_transform`` and ``modules_to_save`` leave out.
+                these, ``exclude_modules``, ``layers_to_transform`` and ``modules_to_save`` leave out. The experts of a
+                parameter are added that ``target_parameters`` names, or whose name ends in ``.`` and one of them.
 
         Returns:
             Name to layer, in the model's own order. What was wished for but is no linear layer of its own, such as
@@ -54,7 +73,8 @@ class Survey:
             ValueError: The model has no linear layer, a wish matches none, or none is left.
         """
         config = config or LoraNullConfig()
-        targets = self._wished(config.target_modules)
+        experts = self._experts_wished(config.target_parameters or ())
+        targets = self._wished(config.target_modules, experts) if config.target_modules else {}
         wishes = config.target_modules
         if config.layers_to_transform and wishes == ALL_LINEAR:
             wishes = sorted({name.rsplit(".", 1)[-1] for name in targets})
@@ -78,11 +98,28 @@ class Survey:
                     f"{next(iter(kept))}; expected some to remain. Do the names or numbers fit the model?"
                 )
             kept = left
-        return kept
+        return {**kept, **experts}
 
-    def _wished(self, target_modules: str | Sequence[str]) -> dict[str, Target]:
-        """Return the layers that ``target_modules`` selects."""
-        model, linears, heads, stacks = self.model, self.linears, self.heads, self.stacks
+    def _experts_wished(self, target_parameters: Sequence[str]) -> dict[str, Target]:
+        """Return the matrices of the parameters that are named."""
+        chosen: set[str] = set()
+        for wish in target_parameters:
+            found = {stack for stack in self.stacks if stack == wish or stack.endswith("." + wish)}
+            known = {name.rpartition(".")[0] for name in self.experts}
+            if not found or not found <= known:
+                kind = "is fused in a way that is not known here" if found else "is no parameter that holds experts"
+                raise ValueError(
+                    f"target_parameters names {wish!r}, which {kind}. This {type(self.model).__name__} has, in a known "
+                    f"way (gate_up_proj or up_proj, and down_proj): {_starred(sorted(known)) or 'none'}. Leave it out."
+                )
+            chosen |= found
+        return {name: target for name, target in self.experts.items() if name.rpartition(".")[0] in chosen}
+
+    def _wished(self, target_modules: str | Sequence[str], experts: Iterable[str]) -> dict[str, Target]:
+        """Return the layers that ``target_modules`` selects, beside the ``experts`` that are chosen already."""
+        model, linears, heads = self.model, self.linears, self.heads
+        chosen = {name.rpartition(".")[0] for name in experts}
+        stacks = {name: size for name, size in self.stacks.items() if name not in chosen}
         if not set(linears) - heads:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer to adapt (found {len(linears)}, output heads aside). "
@@ -112,7 +149,11 @@ class Survey:
         missing = [wish for wish, found in matched.items() if not found]
         if missing:
             endings = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            fused = f" ({_starred(wished)}: matrices fused into one parameter, which get no adapter)" if wished else ""
+            fused = (
+                f" ({_starred(wished)}: matrices fused into one parameter, which target_parameters names)"
+                if wished
+                else ""
+            )
             raise ValueError(
                 f"target_modules names {missing}, which match no linear layer of {type(model).__name__}{fused}. Its "
                 f"linear layers end in {endings}; use a list of these, a regular expression over whole names, or "
@@ -268,7 +309,7 @@ def _warn_of_stacks(model: nn.Module, sizes: Mapping[str, int]) -> None:
     message = (
         f"{type(model).__name__} keeps matrices, such as the experts of a layer, fused into one parameter each: "
         f"{_starred(sizes)} ({len(sizes)} parameters, {share:.0%} of all weights). They are no torch.nn.Linear and get "
-        "no covariance and no adapter; only the linear layers do. If the experts must learn, adapt them by other "
-        "means, such as PEFT's target_parameters."
+        "no covariance and no adapter; only the linear layers do. If the experts must learn, name them in "
+        "target_parameters, here and in PEFT's LoraConfig, and use lora_null.peft.initialize_lora_null_weights."
     )
     warn_once(message, message)

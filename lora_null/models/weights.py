@@ -41,10 +41,13 @@ def is_distributed(model: nn.Module) -> bool:
 
 @contextmanager
 def materialized(module: nn.Module) -> Iterator[None]:
-    """Bring offloaded parameters of ``module`` to its execution device for the length of the block."""
+    """Bring offloaded parameters of ``module`` to its execution device for the length of the block.
+
+    Of an expert, those of the module that holds it.
+    """
     from accelerate.utils import align_module_device
 
-    with align_module_device(module):
+    with align_module_device(getattr(module, "owner", module)):
         yield
 
 

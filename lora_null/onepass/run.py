@@ -109,6 +109,11 @@ class OnePass:
                 f"modules_to_save is {config.modules_to_save!r}: such modules go into the adapter's file whole; "
                 "expected none here. Use lora_null.calibrate and lora_null.initialize on the model in memory."
             )
+        if config.target_parameters:
+            raise ValueError(
+                f"target_parameters is {config.target_parameters!r}; expected None here, where experts get no adapter. "
+                "Use lora_null.calibrate and lora_null.peft.initialize_lora_null_weights on the model in memory."
+            )
         shards = Shards(weight_files(model, loading))
         hollow, outline = (empty_model(model, loading, shards.dtype, buffers=wish) for wish in (True, False))
         found = survey(hollow)

@@ -24,6 +24,7 @@ from ..models.targets import survey
 from ..models.zero_points import with_group_size
 from ..system.distributed import announcing_failure
 from ..system.log import logger, warn_once
+from . import experts
 from .basis import BasisLinear
 from .layers import base_of, freeze, lora_layers, lora_modules
 from .recipe import recipe_of
@@ -61,8 +62,10 @@ def initialize_lora_null_weights(
     the shifted one. What is saved fits the untouched base in all modes, by :func:`save_adapter` as by the model's
     own ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
 
-    What the ``LoraConfig`` adds to LoRA on linear layers is left as PEFT starts it: ``lora_bias``, adapters on
-    embeddings and, by ``target_parameters``, on whole parameters, ``trainable_token_indices``, ``modules_to_save``.
+    Experts that are fused into parameters, which the ``LoraConfig`` names in ``target_parameters``, begin likewise in
+    the modes that leave the base untouched, where calibration was given the same ``target_parameters``. What the
+    ``LoraConfig`` adds besides is left as PEFT starts it: ``lora_bias``, adapters on embeddings and on other
+    parameters, ``trainable_token_indices``, ``modules_to_save``.
 
     Args:
         peft_model: From ``get_peft_model`` with a ``LoraConfig``, or a model of transformers after ``add_adapter``, or
@@ -96,16 +99,19 @@ def initialize_lora_null_weights(
         seed=seed,
     )
     layers = lora_layers(peft_model, adapter_name)
-    linears = linears_of(peft_model)
+    linears, of_experts = linears_of(peft_model), experts.calibrated(peft_model, adapter_name, covariances)
     with announcing_failure():
         _check_base(peft_model, linears)
         for name, layer in layers.items():
             _check_layer(name, layer, linears.get(name), adapter_name)
-        config = recipe_of(peft_model, adapter_name, options)
+        experts.check(of_experts, linears, adapter_name, options)
+        config = recipe_of(peft_model, adapter_name, replace(options, target_parameters=tuple(of_experts)))
         config = with_group_size(config, {name: linears[name] for name in layers})
+    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    ranks |= {name: of_experts[owner].r[adapter_name] for name, owner in experts.names_of(of_experts).items()}
     start = start_factors(
         linears,
-        {name: layer.r[adapter_name] for name, layer in layers.items()},
+        ranks,
         covariances,
         config,
         task=task,
@@ -117,9 +123,13 @@ def initialize_lora_null_weights(
     with announcing_failure():
         for name, layer in layers.items():
             start.factors[name] = _as_stored(name, layer, *start.factors[name], adapter_name, config.train)
+        stacked = {name: experts.take_start(name, layer, start, adapter_name) for name, layer in of_experts.items()}
     # The model changes from here on, and nothing below can fail on the user's input.
     for name, layer in layers.items():
         _put(layer, *start.factors.pop(name), adapter_name, config.train, start.directions.get(name))
+    for name, layer in of_experts.items():
+        free = experts.directions_of_experts(name, layer, start.directions)
+        experts.put(layer, stacked.pop(name), adapter_name, free)
     if config.train == "ab":
         warn_once(
             "shifted-peft-base",
@@ -138,8 +148,8 @@ def initialize_lora_null_weights(
 
 
 def linears_of(peft_model: nn.Module) -> dict[str, Target]:
-    """Return the linear layers by their names in the base model without its adapters."""
-    linears = survey(base_of(peft_model)).linears
+    """Return the linear layers, and experts, by their names in the base model without its adapters."""
+    linears = survey(base_of(peft_model)).matrices
     plain = {name: ".".join(part for part in name.split(".") if part != "base_layer") for name in linears}
     return {plain[name]: replace(target, name=plain[name]) for name, target in linears.items()}
 

@@ -41,12 +41,37 @@ def lora_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[st
         for name, module in base_of(peft_model).named_modules()
         if isinstance(module, lora.LoraLayer) and not isinstance(module, ParamWrapper) and adapter_name in module.lora_A
     }
-    if not layers:
+    if not layers and not expert_layers(peft_model, adapter_name):
         raise ValueError(
             f"{type(peft_model).__name__} has no LoRA layer with an adapter named {adapter_name!r}. Expected a model "
             "from peft.get_peft_model(model, LoraConfig(...)); for a plain model use lora_null.initialize."
         )
     return layers
+
+
+def expert_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """Return what holds the adapter of parameters of several matrices, such as fused experts, by their names."""
+    found = {}
+    for name, module in base_of(peft_model).named_modules():
+        if holds_experts(module) and adapter_name in module.lora_A:
+            found[parameter_of(name, module)] = module
+    return found
+
+
+def scaled_layers(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """Return the layers that compute ``s (x A^T) B^T``, of linear layers and of experts, by name."""
+    return {**lora_layers(peft_model, adapter_name), **expert_layers(peft_model, adapter_name)}
+
+
+def holds_experts(layer: Any) -> bool:
+    """Tell whether the layer adapts a parameter that holds several matrices."""
+    return isinstance(layer, ParamWrapper) and layer.num_experts > 1
+
+
+def parameter_of(name: str, wrapper: Any) -> str:
+    """Return the name of the parameter that a layer called ``name`` adapts, in the base model without its adapters."""
+    parts = [part for part in plain_name(name).split(".") if part != "base_layer"]
+    return ".".join([*parts, wrapper.parameter_name])
 
 
 def base_of(peft_model: nn.Module) -> nn.Module:

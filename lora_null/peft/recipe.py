@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import LoraNullConfig
-from .layers import lora_layers, lora_modules
+from .layers import lora_modules, scaled_layers
 
 
 def with_recipe(config: LoraNullConfig, peft_config: Any) -> LoraNullConfig:
@@ -31,7 +31,7 @@ def recipe_of(peft_model: Any, adapter_name: str, config: LoraNullConfig) -> Lor
     config = with_recipe(config, peft_model.peft_config[adapter_name])
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for name, layer in lora_layers(peft_model, adapter_name).items():
+    for name, layer in scaled_layers(peft_model, adapter_name).items():
         key, r, scaling = "^" + re.escape(name), layer.r[adapter_name], float(layer.scaling[adapter_name])
         if r != config.rank_of(name):
             ranks[key] = r
@@ -51,7 +51,7 @@ def restore(peft_model: Any, adapter_name: str, config: LoraNullConfig) -> None:
     In a file that :func:`save_adapter` has written the scaling is part of ``lora_B``, where a step would mean another.
     """
     peft_config, alphas = peft_model.peft_config[adapter_name], {}
-    for name, layer in lora_layers(peft_model, adapter_name).items():
+    for name, layer in scaled_layers(peft_model, adapter_name).items():
         found, scaling = float(layer.scaling[adapter_name]), config.scaling_of(name)
         if found != scaling:
             scale_B(layer, adapter_name, found / scaling)

@@ -19,7 +19,7 @@ from ..config import LoraNullConfig
 from ..models.wrappers import STATE
 from .basis import drop_coefficients, learns_within
 from .complete import require_complete
-from .layers import lora_layers
+from .layers import lora_layers, scaled_layers
 from .recipe import recipe_of, scale_B, with_recipe
 from .untouched import for_untouched_base, initial_of, is_shifted, note_scaling, take_apart
 
@@ -191,7 +191,7 @@ class LoadAdapter:
         result = self.original(model_id, adapter_name, *args, **kwargs)
         if saved is not None:
             recipe = with_recipe(LoraNullConfig(), saved)
-            for name, layer in lora_layers(self.model, adapter_name).items():
+            for name, layer in scaled_layers(self.model, adapter_name).items():
                 # On a shifted base that is done where the form is taken apart.
                 if initial_of(layer) is None:
                     scale_B(layer, adapter_name, recipe.scaling_of(name) / float(layer.scaling[adapter_name]))

@@ -21,9 +21,9 @@ from ..config import LoraNullConfig
 from ..models.arguments import PATH, takes
 from ..models.weights import gathered
 from ..models.wrappers import plain_name, unwrapped
-from .basis import drop_coefficients
+from .basis import BasisLinear, drop_coefficients
 from .complete import named_tensors, require_complete
-from .layers import base_names, holds_linear, lora_layers, lora_modules
+from .layers import base_names, base_of, expert_layers, holds_experts, holds_linear, lora_layers, lora_modules
 from .recipe import recipe_of
 from .record import held_before, recalled
 from .untouched import change_of, is_stacked, pattern_of, require_reached
@@ -124,9 +124,14 @@ def of_peft(peft_model: Any, adapter_name: str = "default", base_model_name_or_p
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     others: list[str] = []
+    r = max((len(lora_A) for lora_A, _ in factors.values()), default=peft_config.r)
     for name, layer in lora_modules(peft_model):
         if adapter_name in layer.r and not holds_linear(layer, adapter_name):
             rank, alpha = pattern_of(name, layer, adapter_name)
+            if holds_experts(layer):
+                # Their scaling is part of B, too: not every reader knows patterns.
+                rank = {key: own for key, own in rank.items() if own != r}
+                alpha = dict(rank)
             ranks |= rank
             alphas |= alpha
             others += [] if hasattr(layer, "parameter_name") else [name.removeprefix(PREFIX)]
@@ -151,6 +156,8 @@ def _beside(
     # The parameters, and not their state dict: where they are divided, it has nothing that could be gathered.
     named = named_tensors(peft_model)
     drop_coefficients(named, adapter_name)
+    modules = peft_model.named_modules()
+    named |= {f"{plain_name(name)}.weight": part.weight for name, part in modules if isinstance(part, BasisLinear)}
     tensors = get_peft_model_state_dict(peft_model, named, adapter_name)
     if not isinstance(peft_model, PeftModel):
         tensors = {PREFIX + key: tensor for key, tensor in tensors.items()}
@@ -158,8 +165,12 @@ def _beside(
         for key in tensor_names(name):
             tensors.pop(key, None)
     # The scaling is part of B, and so of its bias.
-    for name, layer in layers.items():
-        key = f"{PREFIX}{plain_name(name)}.lora_B.bias"
+    scaled = {f"{PREFIX}{plain_name(name)}.lora_B.bias": layer for name, layer in layers.items()}
+    wrappers = {id(layer) for layer in expert_layers(peft_model, adapter_name).values()}
+    for name, layer in lora_modules(base_of(peft_model)):
+        if id(layer) in wrappers:
+            scaled[f"{PREFIX}{name}.lora_B.weight"] = layer
+    for key, layer in scaled.items():
         if key in tensors:
             tensors[key] = float(layer.scaling[adapter_name]) * gathered(tensors[key]).float()
     return {key: gathered(tensor).detach() for key, tensor in tensors.items()}

@@ -14,7 +14,7 @@ from ..adapters.layer import SAVED_SCALING
 from ..adapters.state import INITIAL
 from ..models.wrappers import plain_name
 from ..system.tensors import PLAIN_TENSORS
-from .layers import holds_linear, lora_modules
+from .layers import holds_linear, lora_modules, parameter_of
 
 # How far A0 and B0 of a checkpoint may be from the layer's own, relative to their norms; more where they were rounded.
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2
@@ -99,10 +99,9 @@ def for_untouched_base(model: nn.Module, adapter_name: str, state_dict: dict[str
 
 def pattern_of(name: str, layer: Any, adapter_name: str) -> tuple[dict[str, int], dict[str, float]]:
     """Return ``rank_pattern`` and ``alpha_pattern`` by which PEFT gives a layer the rank and scaling that it has."""
-    parts = [part for part in plain_name(name).removeprefix("base_model.model.").split(".") if part != "base_layer"]
-    if isinstance(layer, ParamWrapper):
-        parts.append(layer.parameter_name)
-    key, r = "^" + re.escape(".".join(parts)), layer.r[adapter_name]
+    plain = plain_name(name).removeprefix("base_model.model.")
+    of = parameter_of(plain, layer) if isinstance(layer, ParamWrapper) else plain.replace(".base_layer", "")
+    key, r = "^" + re.escape(of), layer.r[adapter_name]
     return {key: r}, {key: float(layer.scaling[adapter_name]) * r}
 
 
