@@ -50,8 +50,9 @@ class LoraNullConfig:
         r: Rank of the adapters: how many of the least used input directions each layer may learn in.
         lora_alpha: Numerator of the scaling ``lora_alpha / r``. ``None`` means the rank of each layer: the paper's
             scaling of 1.
-        target_modules: ``"all-linear"`` (every linear layer except the output head), a regular expression
-            that must match the whole module name, or a list of name suffixes, as in PEFT.
+        target_modules: ``"all-linear"`` (every linear layer except the output head and, in a language model, what
+            reads images or sounds), a regular expression that must match the whole module name, or a list of name
+            suffixes, as in PEFT.
         freeze_a: A short word for two values of ``train``: ``True`` for ``"b"``, ``False`` for ``"ab"``. Afterwards it
             says whether ``lora_A`` is frozen.
         lora_dropout: Dropout on the adapter's input while training, in ``[0, 1)``.

@@ -117,6 +117,11 @@ def _of_peft(name: str, module: Any) -> AdaptedLayer:
             "Unmerge or enable it, choose one with set_adapter, or train without embeddings among target_modules."
         )
     key = active[0]
+    if hasattr(module, "parameter_name"):
+        raise ValueError(
+            f"{name} adapts the parameter {module.parameter_name} of several matrices, such as experts; expected plain "
+            "LoRA on linear layers. Leave it out of target_parameters."
+        )
     if key in module.lora_variant or not isinstance(module.lora_A[key], nn.Linear):
         kind = module.lora_variant[key] if key in module.lora_variant else module.lora_A[key]
         raise ValueError(

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..models.parts import is_encoder_decoder
 from .collector import Collector, combined
 from .job import Job, Sums, log_plan
-from .masks import is_encoder_decoder
 from .memory import plan_streaming
 from .probe import unprobed
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.parts import is_encoder_decoder
+
 MASK_RULES = ("attention", "labels", "none")
 # Label that loss functions leave out; Hugging Face collators put it on prompt and padding tokens.
 IGNORED_LABEL = -100
@@ -25,14 +27,6 @@ class Masks:
 
     main: Tensor | None = None
     target: Tensor | None = None
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Tell whether a transformers model, or the language model in it, reads two sequences."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(model, "get_encoder") or not hasattr(config, "get_text_config"):
-        return False
-    return bool(config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False))
 
 
 class MaskRule:

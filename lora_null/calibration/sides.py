@@ -7,7 +7,6 @@ what the encoder made. Sizes may agree by chance; they are compared at the end, 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -16,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..models.parts import is_encoder_decoder, text_modules
 from ..models.targets import output_head_names
 from .accumulator import Selection
-from .masks import Masks, is_encoder_decoder
+from .masks import Masks
 
 MAIN, TARGET, OTHER = "main", "target", "other"
 # Arguments by which a decoder, its layers and their attention are given what another part of the model has made.
@@ -150,10 +150,7 @@ def _sides(model: nn.Module, encoder: nn.Module | None) -> dict[str, str]:
     """Return the side of every module by name."""
     main = TARGET if encoder is not None else MAIN
     inside_encoder = set() if encoder is None else {id(module) for module in encoder.modules()}
-    text = None
-    if _reads_more_than_text(model):
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        text = {id(module) for module in decoder.modules()}
+    text = text_modules(model)
     heads = output_head_names(model)
     sides = {}
     for name, module in model.named_modules():
@@ -162,11 +159,6 @@ def _sides(model: nn.Module, encoder: nn.Module | None) -> dict[str, str]:
         else:
             sides[name] = main if text is None or id(module) in text or name in heads else OTHER
     return sides
-
-
-def _reads_more_than_text(model: nn.Module) -> bool:
-    names = getattr(getattr(model, "config", None), "sub_configs", {})
-    return any(re.match("vision|image|video|audio|speech", name) for name in names)
 
 
 def _towers(model: nn.Module, sides: Mapping[str, str], names: Iterable[str]) -> list[nn.Module]:

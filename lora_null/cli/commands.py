@@ -60,10 +60,10 @@ def calibrate(
     """
     from ..calibration.calibrate import calibrate as run
     from ..calibration.estimate import estimate
-    from ..calibration.masks import is_encoder_decoder
     from ..calibration.options import Options
     from ..calibration.texts import labelled
     from ..models.loading import load_tokenizer, load_weights
+    from ..models.parts import is_encoder_decoder
     from .output import covariance_facts, print_result
 
     text = Text(data or (), generate, weights, field, roles, max_tokens, sequence_length, batch_size, mask)

@@ -16,6 +16,7 @@ from ..config import ALL_LINEAR, LoraNullConfig
 from ..system.log import logger, warn_once
 from .experts import matrices_of
 from .layout import is_linear
+from .parts import text_modules
 from .refusals import Target
 
 # Heads of classifiers, under the names that PEFT knows.
@@ -100,6 +101,23 @@ class Survey:
             kept = left
         return {**kept, **experts}
 
+    def _beside_text(self) -> set[str]:
+        """Return, and name in a warning, the layers of towers that a language model reads images and sounds with."""
+        text, getter = text_modules(self.model), getattr(self.model, "get_output_embeddings", None)
+        # Without a head the model is no language model, and images may be what it is about.
+        if text is None or getter is None or getter() is None:
+            return set()
+        found = {name for name, target in self.linears.items() if id(target.linear) not in text} - self.heads
+        if found:
+            parts = sorted({".".join(name.split(".")[:2]) for name in found})
+            message = (
+                f"all-linear leaves out {len(found)} layers of {type(self.model).__name__} that read images or sounds: "
+                f"{', '.join(parts)}. To adapt them, name them in target_modules; to leave them out in PEFT too, "
+                "in exclude_modules."
+            )
+            warn_once(message, message)
+        return found
+
     def _experts_wished(self, target_parameters: Sequence[str]) -> dict[str, Target]:
         """Return the matrices of the parameters that are named."""
         chosen: set[str] = set()
@@ -129,7 +147,8 @@ class Survey:
         if target_modules == ALL_LINEAR:
             _warn_of_stacks(model, stacks)
             lost = _lost_by_peft(model, [name for name in linears if name not in heads], "get no adapter")
-            return {name: module for name, module in linears.items() if name not in heads | lost}
+            beside = self._beside_text()
+            return {name: module for name, module in linears.items() if name not in heads | lost | beside}
         if isinstance(target_modules, str):
             try:
                 pattern = re.compile(target_modules)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..calibration.batches import iterate
-from ..calibration.masks import is_encoder_decoder
 from ..calibration.options import Options
 from ..calibration.texts import token_batches
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.arguments import PATH, takes
 from ..models.loading import load_tokenizer
+from ..models.parts import is_encoder_decoder
 from ..models.settings import Loading
 from ..system.distributed import rank_and_size
 from ..system.files import require_writable

@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_null import LoraNullConfig, calibrate
 from lora_null.models.targets import target_linears
+from lora_null.system import log
 
 # Tiny products are faster on one thread, and the bits of a sum depend on the number of threads.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,7 @@ def reads_source(name):
     return (crossing and keys) or name.startswith(("encoder.", "model.encoder.", "enc_to_dec_proj"))
 
 
-def sums(model, run, mask_of):
+def sums(model, run, mask_of, config=None):
     """Sum every target layer's inputs in float64, over the rows that ``mask_of(name)`` keeps."""
     wanted = {}
 
@@ -62,7 +63,7 @@ def sums(model, run, mask_of):
 
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, module in target_linears(model).items()
+        for name, module in target_linears(model, config).items()
     ]
     with torch.no_grad():
         run()
@@ -175,6 +176,10 @@ def test_a_layer_that_runs_outside_of_a_call_is_refused():
         calibrate(model, caught)
 
 
+# Towers too.
+EVERYTHING = LoraNullConfig(target_modules=r"model\..*")
+
+
 def llava():
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -193,13 +198,18 @@ def llava():
     return LlavaForConditionalGeneration(config).eval()
 
 
-def test_text_masks_are_not_for_images():
+def test_text_masks_are_not_for_images(monkeypatch, caplog):
+    monkeypatch.setattr(log, "_given", set())
     model = llava()
     # nine patches and the class: as many rows as the text has tokens, by chance
     ids, mask = token_ids(2, 10) % 100, torch.ones(2, 10, dtype=torch.long)
     ids[:, :9], mask[1, 9:] = 100, 0
     batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 6, 6)}
-    got = calibrate(model, [batch])
+    # Towers are left out unless they are named.
+    assert all("language_model" in name for name in calibrate(model, [batch]))
+    assert "all-linear leaves out 14 layers of LlavaForConditionalGeneration that read images" in caplog.text
+    assert "model.multi_modal_projector, model.vision_tower" in caplog.text
+    got = calibrate(model, [batch], EVERYTHING)
     assert got.tokens["model.vision_tower.encoder.layers.0.self_attn.k_proj"] == 20
     assert got.tokens["model.multi_modal_projector.linear_1"] == 18
     assert got.tokens["model.language_model.layers.0.mlp.gate_proj"] == 19
@@ -207,7 +217,7 @@ def test_text_masks_are_not_for_images():
     def mask_of(name):
         return mask if "language_model" in name else None
 
-    assert_sums(got, sums(model, lambda: model(**batch), mask_of))
+    assert_sums(got, sums(model, lambda: model(**batch), mask_of, EVERYTHING))
 
 
 def smolvlm():
@@ -251,24 +261,26 @@ def test_padding_of_images_does_not_count_or_is_refused():
         "pixel_values": torch.randn(2, 1, 3, 8, 8),
         "pixel_attention_mask": pixels,
     }
-    got = calibrate(model, [batch])
+    got = calibrate(model, [batch], EVERYTHING)
     assert got.tokens["model.vision_model.encoder.layers.0.mlp.fc1"] == 32
     assert got.tokens["model.connector.modality_projection.proj"] == 8
     assert got.tokens["model.text_model.layers.0.mlp.gate_proj"] == 18
     pixels[1, :, 4:] = 0
     # patches of several places in one row: nobody knows which of them are padding
     with pytest.raises(ValueError, match=r"padded images or sounds \(patch_attention_mask.*modality_projection"):
-        calibrate(model, [batch])
+        calibrate(model, [batch], EVERYTHING)
     patches = torch.ones(2, 4, 4)
     patches[1, 2:] = 0
     config = LoraNullConfig(target_modules=r".*(vision_model|text_model).*(fc1|k_proj)")
     got = calibrate(model, [batch], config)
     assert got.tokens["model.vision_model.encoder.layers.0.mlp.fc1"] == 24
     masks = {"vision_model": patches, "text_model": mask, "connector": None}
-    wanted = sums(model, lambda: model(**batch), lambda name: masks[name.split(".")[1]])
+    wanted = sums(model, lambda: model(**batch), lambda name: masks[name.split(".")[1]], EVERYTHING)
     for name in got.groups:
         assert (got[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
-    assert calibrate(model, [batch], mask="none").tokens["model.vision_model.encoder.layers.0.mlp.fc1"] == 32
+    assert (
+        calibrate(model, [batch], EVERYTHING, mask="none").tokens["model.vision_model.encoder.layers.0.mlp.fc1"] == 32
+    )
 
 
 def test_a_model_without_transformers_has_one_mask():

@@ -100,3 +100,47 @@ def test_one_walk_finds_what_is_asked_later(llama, monkeypatch):
     assert list(found.select()) == [name for name in found.linears if name != "lm_head"]
     adapted = survey(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).get_base_model())
     assert {name.removesuffix(".base_layer") for name in adapted.linears} == linears
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {**SMALL, "vocab_size": 97, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+def hears():
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    sound = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+    sound |= {"model_type": "qwen2_audio_encoder", "num_mel_bins": 8, "max_source_positions": 8}
+    config = Qwen2AudioConfig(audio_config=sound, text_config={"model_type": "qwen2", **TEXT}, audio_token_index=5)
+    return Qwen2AudioForConditionalGeneration(config)
+
+
+def sees_on_two_sides():
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    text = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    text |= {"vocab_size": 97, "pad_token_id": 0, "decoder_start_token_id": 0}
+    config = Blip2Config(
+        vision_config={**SMALL, "image_size": 16, "patch_size": 4},
+        qformer_config={**SMALL, "encoder_hidden_size": 32},
+        text_config=text,
+    )
+    return Blip2ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "tower", "counts"),
+    [
+        (hears, "language_model", "audio_tower", (7, 13)),
+        (sees_on_two_sides, "language_model", "vision_model", (16, 21)),
+    ],
+)
+def test_towers_get_adapters_where_they_are_named(make, text, tower, counts, monkeypatch, caplog):
+    monkeypatch.setattr(log, "_given", set())
+    model = make()
+    chosen = target_linears(model)
+    assert all(text in name for name in chosen) and len(chosen) == counts[0]
+    assert f"{tower}" in caplog.text and "name them in target_modules" in caplog.text
+    # Named so, an output head inside is selected as well.
+    everything = target_linears(model, LoraNullConfig(target_modules=rf".*({text}|{tower})\..*"))
+    assert len(everything) == counts[1]

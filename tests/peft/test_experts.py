@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import lora_null
 from lora_null import LoraNullConfig, null_basis
 from lora_null import peft as lora_null_peft
+from lora_null.bayes.layers import adapted_layers
 from lora_null.models.experts import Routing
 from lora_null.models.targets import survey
 from lora_null.peft.basis import BasisLinear
@@ -339,6 +340,8 @@ def test_what_is_not_supported_is_refused_in_words():
     config = LoraNullConfig(target_parameters=BOTH)
     with pytest.raises(ValueError, match=r"initialize puts adapters on linear layers.*lora_null.peft"):
         lora_null.initialize(make("mixtral"), covariances, config, progress=False)
+    with pytest.raises(ValueError, match=r"adapts the parameter .*such as experts"):
+        adapted_layers(started("mixtral", covariances, "b"))
     with pytest.raises(ValueError, match=r"target_parameters is .*experts get no adapter"):
         lora_null.initialize_streaming("nowhere", [], config, "nothing")
     with pytest.raises(
