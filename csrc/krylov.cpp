@@ -40,11 +40,15 @@ at::Tensor block(const at::Tensor& X, int64_t row, int64_t row_end, int64_t colu
 Factor::Factor(const at::Tensor& C, double scale) : shift_(kShift * scale) {
   const int64_t d = C.size(0);
   for (attempts_ = 1;; ++attempts_) {
-    auto shifted = C.clone();
-    shifted.diagonal().add_(shift_);
-    auto [L, failed] = at::linalg_cholesky_ex(shifted);
+    auto R = C.clone();
+    R.diagonal().add_(shift_);
+    // In its own memory: at d = 14336 another matrix would be 1.5 GiB. LAPACK's column-major L is R in the row-major
+    // order of the products below; C is symmetric.
+    auto L = R.mT();
+    auto failed = at::empty({}, R.options().dtype(at::kInt));
+    at::linalg_cholesky_ex_out(L, failed, L);
     if (failed.item<int>() == 0) {
-      R_ = L.mT();  // LAPACK's column-major L is R in the row-major order of the products below
+      R_ = R;
       break;
     }
     if (attempts_ == kShiftAttempts) return;

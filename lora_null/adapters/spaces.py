@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..solver.null_basis import NullBasis, null_basis, sufficient_energy
 from ..solver.null_space import NullSpace
 from ..solver.null_spaces import null_spaces
+from ..solver.overlapped import Task, overlapped
 from ..solver.pooling import pool_covariance
 from ..system.distributed import announcing_failure, divide, gather
 from ..system.log import logger
@@ -56,18 +57,23 @@ def find_free(
         return {}
     L, dtype = config.group_pooling, getattr(torch, config.basis_dtype)
     assert not isinstance(L, str)
-    found: dict[str, Free] = {}
+
+    def solve(C: Tensor, r: int) -> Free:
+        free = null_basis(read(C, L), energy, at_least=r if config.energy is None else 0)
+        share, enough = max(free.energy_left, 0.0) / _trace(C), sufficient_energy(free.eigenvalues, r)
+        held = FreeDirections(free, dtype=dtype, group_pooling=L) if keeps else None
+        return Free(free.k, share, enough, held, _least(free, r))
+
+    def tasks(keys: list[str]) -> Iterator[Task[str, Free]]:
+        for key in keys:
+            C = covariances[key]
+            yield key, C.device, partial(solve, C, ranks[key])
+            del C
+
     with announcing_failure():
         mine = divide({key: covariances.size(key) ** 3 for key in ranks})
-        for key in tqdm(mine, "free directions", unit="matrix", disable=not progress):
-            C, r = covariances[key], ranks[key]
-            try:
-                free = null_basis(read(C, L), energy, at_least=r if config.energy is None else 0)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-            share, enough = max(free.energy_left, 0.0) / _trace(C), sufficient_energy(free.eigenvalues, r)
-            held = FreeDirections(free, dtype=dtype, group_pooling=L) if keeps else None
-            found[key] = Free(free.k, share, enough, held, _least(free, r))
+        solving = overlapped(tasks(mine), _tensors, what="free directions", total=len(mine), progress=progress)
+        found = dict(solving)
     found = gather(found)
     parts = sorted(free.k * (L or 1) / covariances.size(key) for key, free in found.items())
     logger.info(
@@ -150,6 +156,11 @@ def find_spaces(
 def read(C: Tensor, group_pooling: int | None) -> Tensor:
     """Return the covariance of what A reads."""
     return C if group_pooling is None else pool_covariance(C, group_pooling)
+
+
+def _tensors(free: Free) -> list[Tensor]:
+    held = [] if free.directions is None else [free.directions.held]
+    return held if free.least is None else [*held, free.least.basis]
 
 
 def _least(free: NullBasis, r: int) -> NullSpace | None:

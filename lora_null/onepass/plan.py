@@ -20,7 +20,8 @@ from ..calibration.probe import Probe
 from ..config import LoraNullConfig
 from ..models.layout import shape_of
 from ..models.shards import size_of
-from ..solver.null_space import workspace
+from ..solver.null_basis import workspace as basis_workspace
+from ..solver.null_space import workspace as space_workspace
 from .walk import outside_of
 
 # What MKL keeps from its first large product on, measured with one thread.
@@ -118,8 +119,10 @@ def _solving(seen: Probe, config: LoraNullConfig, name: str, layers: Sequence[nn
     most, whole = 0, config.protected is not None
     for number in range(len(layers)):
         each = sorted(
-            # how many directions are free is known when they are
-            workspace(shape.d, shape.d // 2 if whole else max(map(config.rank_of, seen.groups[key])), direct=whole)
+            max(
+                space_workspace(shape.d, max(map(config.rank_of, seen.groups[key]))),
+                basis_workspace(shape.d) if whole else 0,
+            )
             for key, shape in seen.inputs.items()
             if key.startswith(f"{name}.{number}.")
         )

@@ -120,10 +120,9 @@ def _check_values(full: Tensor, scale: float, what: str) -> None:
         )
 
 
-def refuse_indefinite(C: Tensor, values: Tensor, what: str = "null_space: C") -> None:
-    """Refuse ``C`` if the least of its eigenvalues, ``values[0]``, is negative beyond rounding."""
+def refuse_indefinite(norm: float, values: Tensor, what: str = "null_space: C") -> None:
+    """Refuse a matrix of this Frobenius norm if its least eigenvalue, ``values[0]``, is negative beyond rounding."""
     # A float32 sum of activations has eigenvalues down to about -1e-7 of the largest.
-    norm = float(C.norm())
     if float(values[0]) < -1e-5 * norm:
         raise ValueError(
             f"{what} has an eigenvalue of {float(values[0]) / norm:.3e} of its Frobenius norm; "

@@ -10,21 +10,22 @@ from torch import Tensor
 Choose = Callable[[Tensor], tuple[int, int]]
 
 
-def exact(C: Tensor, wanted: int | Choose) -> tuple[Tensor, Tensor]:
+def exact(C: Tensor, wanted: int | Choose, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Solve for eigenvalues of ``C`` and some eigenvectors, in float64.
 
     Args:
-        C: ``(d, d)`` float64, symmetric. Not modified.
+        C: ``(d, d)`` float64, symmetric.
         wanted: How many vectors of the smallest eigenvalues; or a function that is called with all eigenvalues
             ``(d,)``, ascending, on the host, and returns the range ``low, high`` of those whose vectors are wanted, or
             raises.
+        overwrite: On the CPU work in the memory of ``C``, whose values are lost; else it is not modified.
 
     Returns:
         Eigenvalues on the host, ascending, and orthonormal vectors ``(d, high - low)`` on the device of ``C``, in the
         order of their eigenvalues. For a number the eigenvalues are those of the vectors, else all.
     """
     if C.device.type == "cpu" and len(C) > 1:
-        return _by_range(C, wanted)
+        return _by_range(C, wanted, overwrite)
     # Torch offers no partial solver on other devices.
     values, vectors = torch.linalg.eigh(C)
     values = values.cpu()
@@ -34,16 +35,19 @@ def exact(C: Tensor, wanted: int | Choose) -> tuple[Tensor, Tensor]:
     return values, vectors[:, low:high].contiguous()
 
 
-def _by_range(C: Tensor, wanted: int | Choose) -> tuple[Tensor, Tensor]:
+def _by_range(C: Tensor, wanted: int | Choose, overwrite: bool) -> tuple[Tensor, Tensor]:
     # LAPACK's syevr in its steps: one reduction serves the values, the choice and the vectors, of which no more are
     # computed than asked for.
-    import numpy as np
     from scipy.linalg import LinAlgError, eigh_tridiagonal, eigvalsh_tridiagonal, lapack
 
     d = len(C)
     # The transpose of a row-major matrix is the column-major layout that LAPACK wants; C is symmetric.
+    columns = C.contiguous().numpy().T
     reduced, diagonal, beside, tau, _ = lapack.dsytrd(
-        C.numpy().T.copy(order="F"), lower=1, lwork=int(lapack.dsytrd_lwork(d, lower=1)[0]), overwrite_a=1
+        columns if overwrite else columns.copy(order="F"),
+        lower=1,
+        lwork=int(lapack.dsytrd_lwork(d, lower=1)[0]),
+        overwrite_a=1,
     )
     values = None
     if isinstance(wanted, int):
@@ -65,10 +69,14 @@ def _by_range(C: Tensor, wanted: int | Choose) -> tuple[Tensor, Tensor]:
     for j in range(d - 1):
         memory[j * (d - 1) : (j + 1) * (d - 1)] = memory[j * d + 1 : (j + 1) * d]
     reflectors = memory[: (d - 1) ** 2].reshape(d - 1, d - 1, order="F")
+    # What is done with is dropped at once: at d = 14336 each of these is gigabytes.
+    first, rest = vectors[:1].copy(), vectors[1:].copy(order="F")
+    del vectors
     # 64: the largest block of LAPACK's ormqr.
-    workspace = 64 * (high - low + 65)
-    vectors[1:], _, _ = lapack.dormqr("L", "N", reflectors, tau, vectors[1:].copy(order="F"), lwork=workspace)
-    # stemr is orthonormal to 1e-13 at d = 320, and less so beyond.
-    Q, R = torch.linalg.qr(torch.from_numpy(np.ascontiguousarray(vectors)))
-    vectors = (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).contiguous()
-    return torch.from_numpy(found) if values is None else values, vectors
+    rest, _, _ = lapack.dormqr("L", "N", reflectors, tau, rest, lwork=64 * (high - low + 65), overwrite_c=1)
+    del reduced, memory, reflectors
+    V = torch.cat([torch.from_numpy(first), torch.from_numpy(rest)])
+    del first, rest
+    # stemr is orthonormal to 1e-13 at d = 320, and less so beyond; a step towards the polar factor squares that.
+    V = torch.addmm(V, V, V.mT @ V, beta=1.5, alpha=-0.5)
+    return torch.from_numpy(found) if values is None else values, V

@@ -94,7 +94,9 @@ def null_basis(
     check_dtype("null_basis", dtype)
     full, exponent = checks.working_copy(C, uplo, "null_basis: C")
     at_least = check_rank(at_least, len(full), "null_basis: at_least") if at_least else 0
-    found = split(full, energy, 1, certify, "null_basis", at_least)
+    own = full.data_ptr() != C.data_ptr() and not certify
+    found = split(full, energy, 1, "null_basis", at_least=at_least, certify=certify, overwrite=own)
+    del full
     if certify:
         certificate.rescale(found.info["certificate"], exponent)
     found.info["seconds"] = time.perf_counter() - begin
@@ -109,18 +111,34 @@ def null_basis(
     )
 
 
-def split(C: Tensor, energy: float, r: int, certify: bool, caller: str, at_least: int = 0) -> NullBasis:
+def workspace(d: int) -> int:
+    """Return the bytes that :func:`null_basis` takes on the CPU besides ``C (d, d)`` in float32, half of all held."""
+    # the copy of C, which LAPACK reduces, and room for all vectors; then at most d / 2 of them and a copy
+    return 8 * (2 * d * d + 5 * d * d // 8)
+
+
+def split(
+    C: Tensor,
+    energy: float,
+    r: int,
+    caller: str,
+    *,
+    at_least: int = 0,
+    certify: bool = False,
+    overwrite: bool = False,
+) -> NullBasis:
     """Do the work of :func:`null_basis` on a checked matrix, if it leaves ``r`` directions free."""
+    d, k = len(C), 0
 
     def choose(values: Tensor) -> tuple[int, int]:
-        k = free_directions(C, values, energy, r, caller, at_least)
-        return (0, k) if k <= len(C) - k else (k, len(C))
+        nonlocal k
+        k = free_directions(values, energy, r, caller, at_least)
+        return (0, k) if k <= d - k else (k, d)
 
-    values, vectors = exact(C, choose)
-    k = free_directions(C, values, energy, r, caller, at_least)
+    values, vectors = exact(C, choose, overwrite=overwrite)
     left = float(values[:k].sum())
     info: dict[str, Any] = {"bound": bound(left, values.sum())}
-    basis, complement = (vectors, None) if k <= len(C) - k else (None, vectors)
+    basis, complement = (vectors, None) if k <= d - k else (None, vectors)
     if certify and basis is not None:
         info["certificate"] = certificate.certificate(C, basis, values, k)
     elif certify:
@@ -133,7 +151,7 @@ def bound(energy: float, trace: float | Tensor) -> float:
     return (max(energy, 0.0) / float(trace)) ** 0.5
 
 
-def free_directions(C: Tensor, values: Tensor, energy: float, r: int, caller: str, at_least: int = 0) -> int:
+def free_directions(values: Tensor, energy: float, r: int, caller: str, at_least: int = 0) -> int:
     """Count the eigenvalues (ascending) that are not among the leading ones that hold the share ``energy``.
 
     The ``at_least`` smallest are not, whatever they hold.
@@ -142,7 +160,7 @@ def free_directions(C: Tensor, values: Tensor, energy: float, r: int, caller: st
         ValueError: ``C`` is indefinite, or fewer than ``r`` directions are free.
     """
     d = len(values)
-    checks.refuse_indefinite(C, values, f"{caller}: C")
+    checks.refuse_indefinite(float(values.norm()), values, f"{caller}: C")
     held = values.clamp_min(0).flip(0).cumsum(0)
     # A share that is met up to the rounding of the sum is met.
     protected = int((held < energy * held[-1] * (1 - d * torch.finfo(torch.float64).eps)).sum()) + 1 if energy else 0

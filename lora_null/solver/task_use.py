@@ -40,8 +40,8 @@ def most_used(T: Tensor, free: NullBasis, r: int, rounding: float) -> Tensor:
         # The same on all of R^d, with the protected directions put below every other eigenvalue.
         rows = T - P @ (P.mT @ T)
         compressed = _symmetric(rows - (rows @ P) @ P.mT - 2 * norm * (P @ P.mT))
-    values, S = exact(compressed, lambda values: (len(values) - r, len(values)))
-    checks.refuse_indefinite(T, values[len(values) - free.k :], "null_space: task")
+    values, S = exact(compressed, lambda values: (len(values) - r, len(values)), overwrite=True)
+    checks.refuse_indefinite(norm, values[len(values) - free.k :], "null_space: task")
     # Of T, each entry to `rounding` of itself; of the free directions and the products with them, sqrt(d) of fp64's.
     if float(values[-1]) <= 4 * max(rounding, len(T) ** 0.5 * torch.finfo(T.dtype).eps) * norm:
         raise ValueError(
@@ -88,8 +88,8 @@ def most_used_per_energy(
     # L^-1 T L^-T: two solves from the left, T being symmetric.
     half = torch.linalg.solve_triangular(L, T, upper=False)
     whitened = _symmetric(torch.linalg.solve_triangular(L, half.mT, upper=False)).contiguous()
-    values, S = exact(whitened, lambda values: (len(values) - r, len(values)))
-    checks.refuse_indefinite(whitened, values, "null_space: task")
+    values, S = exact(whitened, lambda values: (len(values) - r, len(values)), overwrite=not certify)
+    checks.refuse_indefinite(float(values.norm()), values, "null_space: task")
     proof = certificate.of_largest(whitened, S, values) if certify else None
     # From the leading down: QR keeps the span of the first columns.
     return torch.linalg.qr(torch.linalg.solve_triangular(L.mT, S.flip(1), upper=True))[0], proof

@@ -9,7 +9,7 @@ import spectra
 import torch
 
 from lora_null import Covariances, null_space, null_spaces
-from lora_null.solver.null_spaces import _own_stream
+from lora_null.solver.overlapped import _own_stream
 
 
 def covariances(count, d=40):
