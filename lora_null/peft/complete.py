@@ -6,18 +6,32 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import get_peft_model_state_dict
+from torch import Tensor
 
 from ..adapters.extras import differs, tensors_of
 from ..models.wrappers import plain_name
+from ..system.tensors import PLAIN_TENSORS
+from .layers import lora_modules
+
+# Of each base weight, whether it is where it was; how far it may be off, relative to its largest entry: PEFT itself
+# merges adapters into it and takes them out again, which rounds it a few times.
+_SAMPLES, _OFF, _ROUNDINGS = 64, 1e-4, 6
 
 
-def require_complete(peft_model: Any, before: Mapping[str, str], save_embedding_layers: bool | str = "auto") -> None:
+def require_complete(
+    peft_model: Any,
+    before: Mapping[str, str],
+    weights: Mapping[str, Tensor],
+    save_embedding_layers: bool | str = "auto",
+) -> None:
     """Refuse a model of which something was trained that PEFT writes into no adapter's file.
 
     Args:
         peft_model: Holds the adapters.
         before: Hashes of what the model held beside them when they were started.
+        weights: From :func:`samples_of`, then.
         save_embedding_layers: As PEFT is asked.
 
     Raises:
@@ -26,9 +40,9 @@ def require_complete(peft_model: Any, before: Mapping[str, str], save_embedding_
     named = named_tensors(peft_model)
     trained = {plain_name(name) for name, value in peft_model.named_parameters() if value.requires_grad}
     for name, tensor in tensors_of(peft_model).items():
-        # PEFT itself merges adapters into what it has wrapped, and takes them out again, with some rounding.
         if name not in trained and ".base_layer." not in name and differs(tensor, before.get(name)):
             trained.add(name)
+    trained |= _moved(weights, samples_of(peft_model))
     adapters = list(peft_model.peft_config)
     lost = _beyond(peft_model, trained, named, adapters, False)
     if lost and save_embedding_layers:
@@ -41,6 +55,30 @@ def require_complete(peft_model: Any, before: Mapping[str, str], save_embedding_
             "in the LoraConfig's modules_to_save before training. If they were not meant to learn, call "
             "requires_grad_(False) on them, and restore them."
         )
+
+
+@torch.no_grad()
+def samples_of(peft_model: Any) -> dict[str, Tensor]:
+    """Return by name some values of every base weight that has an adapter; not of merged, divided, quantised ones."""
+    found: dict[str, Tensor] = {}
+    for name, layer in lora_modules(peft_model):
+        weight: Any = getattr(layer.get_base_layer(), "weight", None)
+        if type(weight) in PLAIN_TENSORS and weight.is_floating_point() and not weight.is_meta and not layer.merged:
+            values = weight.detach().reshape(-1)
+            found[f"{name}.base_layer.weight"] = values[:: max(1, len(values) // _SAMPLES)].to("cpu", copy=True)
+    return found
+
+
+def _moved(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of weights that differ by more than rounding, of those that lie there as before."""
+    moved = set()
+    for name in before.keys() & now.keys():
+        then, value = before[name], now[name]
+        off = max(_OFF, *(_ROUNDINGS * torch.finfo(each.dtype).eps for each in (then, value)))
+        # of what FSDP1 has flattened nothing is known
+        if then.shape == value.shape and bool((value.float() - then.float()).abs().max() > off * then.abs().max()):
+            moved.add(name)
+    return moved
 
 
 def named_tensors(peft_model: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
 from ..adapters.extras import keys_of
 from ..adapters.names import PEFT_CONFIG
@@ -18,7 +19,7 @@ from ..adapters.state import OWN_CONFIG, AdapterState
 from ..config import LoraNullConfig
 from ..models.wrappers import STATE
 from .basis import drop_coefficients, learns_within
-from .complete import require_complete
+from .complete import require_complete, samples_of
 from .layers import lora_layers, scaled_layers
 from .recipe import recipe_of, scale_B, with_recipe
 from .untouched import for_untouched_base, initial_of, is_shifted, note_scaling, take_apart
@@ -34,11 +35,13 @@ class Record:
     Attributes:
         state: For ``lora_null.json``.
         before: Hashes of what the model held beside its adapters.
+        weights: Some values of the base weights.
         config: PEFT's, by which an adapter is known: one that was deleted and made again under its name is another.
     """
 
     state: AdapterState
     before: Mapping[str, str]
+    weights: Mapping[str, Tensor]
     config: Any
 
 
@@ -46,7 +49,7 @@ def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
     """Keep ``state`` of an adapter, and let the model's own ways to save and load it keep to it."""
     # Not in the configuration of the model, which PEFT's merge_and_unload hands on as it is.
     setattr(peft_model, STATE, state)
-    record = Record(state, keys_of(peft_model), peft_model.peft_config[adapter_name])
+    record = Record(state, keys_of(peft_model), samples_of(peft_model), peft_model.peft_config[adapter_name])
     records = {**peft_model.__dict__.get(_RECORDS, {}), adapter_name: record}
     setattr(peft_model, _RECORDS, records)
     for layer in lora_layers(peft_model, adapter_name).values():
@@ -61,8 +64,9 @@ def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
     saves_adapters = isinstance(peft_model, PeftModel) or getattr(peft_model, "_hf_peft_config_loaded", False)
     if saves_adapters and not isinstance(peft_model.__dict__.get("save_pretrained"), SavePretrained):
         peft_model.save_pretrained = SavePretrained(peft_model)
-    if isinstance(peft_model, PeftModel) and not isinstance(peft_model.__dict__.get("load_adapter"), LoadAdapter):
-        peft_model.load_adapter = LoadAdapter(peft_model)
+    kind = LoadAdapter if isinstance(peft_model, PeftModel) else LoadBeside
+    if saves_adapters and not isinstance(peft_model.__dict__.get("load_adapter"), kind):
+        peft_model.load_adapter = kind(peft_model)
 
 
 def handed_out(peft_model: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -89,12 +93,17 @@ def recalled(peft_model: Any, adapter_name: str) -> AdapterState | None:
     return record.state if known else None
 
 
-def held_before(peft_model: Any) -> dict[str, str]:
-    """Return hashes of what the model held beside its adapters when the first of them was started."""
+def held_before(peft_model: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return hashes of what the model held beside its adapters when the first of them was started, and base weights.
+
+    Those as the last start has left them: it may have shifted them.
+    """
     before: dict[str, str] = {}
+    weights: dict[str, Tensor] = {}
     for record in peft_model.__dict__.get(_RECORDS, {}).values():
         before = {**record.before, **before}
-    return before
+        weights = {**weights, **record.weights}
+    return before, weights
 
 
 class SavePretrained:
@@ -134,7 +143,7 @@ class SavePretrained:
                 "safe_serialization is False, by which adapters are pickled; expected safetensors, which all readers "
                 "know. Leave it out."
             )
-        require_complete(self.model, held_before(self.model), options.get("save_embedding_layers", "auto"))
+        require_complete(self.model, *held_before(self.model), options.get("save_embedding_layers", "auto"))
         with ExitStack() as stack:
             shifted = is_shifted(self.model)
             if shifted or learns_within(self.model):
@@ -196,6 +205,26 @@ class LoadAdapter:
                 if initial_of(layer) is None:
                     scale_B(layer, adapter_name, recipe.scaling_of(name) / float(layer.scaling[adapter_name]))
         return result
+
+
+class LoadBeside:
+    """``load_adapter`` of one model of transformers, which puts what it reads into the layers as it is."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.load_adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Load, unless the layers hold another form than files; ValueError then."""
+        given = inspect.signature(type(self.model).load_adapter).bind(self.model, *args, **kwargs).arguments
+        again = (given.get("adapter_name") or "default") in self.model.peft_config
+        if is_shifted(self.model) or (again and learns_within(self.model)):
+            raise ValueError(
+                f"load_adapter of {type(self.model).__name__} puts factors into the layers as a file has them, but "
+                "here the base is shifted (train='ab') or A is made of coefficients (train='b_in_basis'). Load the "
+                "adapter into a freshly loaded model; to resume a run, make its model with peft.get_peft_model, whose "
+                "load_adapter knows both."
+            )
+        return self.original(*args, **kwargs)
 
 
 @contextmanager

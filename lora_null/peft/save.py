@@ -75,7 +75,7 @@ def save_adapter(
     """
     peft_model = unwrapped(peft_model)
     lora_layers(peft_model, adapter_name)  # which says if there are none
-    require_complete(peft_model, held_before(peft_model))
+    require_complete(peft_model, *held_before(peft_model))
     adapter = of_peft(peft_model, adapter_name, base_model_name_or_path)
     save_from(peft_model, adapter, path, dtype=dtype, overwrite=overwrite)
 

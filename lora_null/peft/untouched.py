@@ -37,11 +37,23 @@ def is_stacked(layer: Any, adapter_name: str, lora_A: Tensor) -> bool:
 
 
 def require_reached(name: str, layer: Any, adapter_name: str) -> None:
-    """Refuse a layer that has a shifted base and no adapter of that name to hold the difference."""
-    if initial_of(layer) is not None and not holds_linear(layer, adapter_name):
+    """Refuse a layer with a shifted base where the adapter is missing to hold the difference, or others are active too.
+
+    Each of several would take the shift away from the untouched base once more.
+    """
+    if initial_of(layer) is None:
+        return
+    if not holds_linear(layer, adapter_name):
         raise ValueError(
             f"The base weight of {name} was shifted by another adapter (freeze_a=False), and {adapter_name!r} has no "
             "adapter there that could undo it on the untouched base. Train it on a freshly loaded model."
+        )
+    active = [other for other in layer.active_adapters if other in layer.lora_A]
+    if adapter_name in active and len(active) > 1:
+        raise ValueError(
+            f"{name} has a shifted base (train='ab') and several active adapters, {active}. Each is written for the "
+            "untouched base alone, so that they would not add up there; expected one active. Choose one with "
+            "set_adapter, or make one of them with add_weighted_adapter."
         )
 
 
@@ -69,19 +81,19 @@ def for_untouched_base(model: nn.Module, adapter_name: str, state_dict: dict[str
         The settings of a ``LoraConfig`` under which PEFT reads the entries, and whether all have the rank-``2 r`` form.
 
     Raises:
-        ValueError: The base of a layer is shifted that the adapter does not reach.
+        ValueError: The base of a layer is shifted that the adapter does not reach, or where it is not the only one.
     """
     changes: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
     settings: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     stacked = True
     for name, layer in lora_modules(model):
+        require_reached(name, layer, adapter_name)
         if holds_linear(layer, adapter_name):
             lora_A, lora_B = (state_dict.get(f"{name}.{part}.{adapter_name}.weight") for part in ("lora_A", "lora_B"))
             if lora_A is not None and lora_B is not None:
                 changes[name] = layer, change_of(layer, adapter_name, lora_A, lora_B)
                 stacked = stacked and is_stacked(layer, adapter_name, lora_A)
             continue
-        require_reached(name, layer, adapter_name)
         if adapter_name in layer.r:
             rank, scaling = pattern_of(name, layer, adapter_name)
             settings["rank_pattern"] |= rank

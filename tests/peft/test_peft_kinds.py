@@ -306,3 +306,59 @@ def test_a_model_merged_by_peft_is_a_plain_one(start, llama, tmp_path):
     merged = start(get_peft_model(llama(), config()), freeze_a=False).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert "lora_null" not in (tmp_path / "merged" / "config.json").read_text()
+
+
+class TestWhatMemoryHolds:
+    """What differs from the start in memory, and would be lost or wrong elsewhere."""
+
+    @MODES
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_base_weight_that_was_moved_by_hand(self, start, llama, tmp_path, freeze_a, dtype):
+        model = learn(start(get_peft_model(llama(dtype), config()), freeze_a))
+        for _ in range(3):
+            model.merge_adapter()
+            model.save_pretrained(str(tmp_path / "merged"))
+            model.unmerge_adapter()
+        model.save_pretrained(str(tmp_path / "unmerged"))
+        weight = next(iter(lora_null_peft.lora_layers(model).values())).get_base_layer().weight
+        weight.data.mul_(1.25)
+        for save in (model.save_pretrained, lambda path: lora_null_peft.save_adapter(model, path)):
+            with pytest.raises(ValueError, match=r"1 tensors outside .*q_proj\.base_layer\.weight"):
+                save(str(tmp_path / "moved"))
+        weight.data.div_(1.25)
+        model.to(torch.bfloat16).save_pretrained(str(tmp_path / "rounded"))
+        assert not (tmp_path / "moved").exists()
+
+    def test_several_active_adapters_on_a_shifted_base(self, start, llama, tmp_path):
+        model = start(get_peft_model(llama(), config()), freeze_a=False)
+        model.add_adapter("second", config())
+        model.base_model.set_adapter(["default", "second"])
+        for save in (model.save_pretrained, lambda path: lora_null_peft.save_adapter(model, path)):
+            with pytest.raises(ValueError, match=r"several active adapters, .*'default', 'second'"):
+                save(str(tmp_path / "both"))
+        assert not (tmp_path / "both").exists()
+        model.set_adapter("default")
+        model.save_pretrained(str(tmp_path / "both"))
+
+    @pytest.mark.parametrize("train", ["b", "b_in_basis", "ab"])
+    @pytest.mark.parametrize("name", ["default", "second"])
+    def test_transformers_puts_a_file_into_the_layers(self, calibrated, llama, tmp_path, train, name):
+        def made():
+            model, options = llama(), {"energy": 0.9} if train == "b_in_basis" else {}
+            model.add_adapter(config())
+            return lora_null_peft.initialize_lora_null_weights(
+                model, calibrated[1], train=train, progress=False, **options
+            )
+
+        model = learn(made())
+        model.save_pretrained(str(tmp_path))
+        again = made()
+        before = {key: value.clone() for key, value in again.state_dict().items()}
+        if train == "ab" or (train == "b_in_basis" and name == "default"):
+            with pytest.raises(ValueError, match="load_adapter of LlamaForCausalLM puts factors"):
+                again.load_adapter(str(tmp_path), name)
+            assert unchanged(again, before)
+        else:
+            again.load_adapter(str(tmp_path), name, hotswap=name == "default")
+            again.set_adapter(name)
+            assert fits(again, logits(model))
