@@ -3,8 +3,8 @@
 A file maps a kernel's name and the element size of its operands to a list of entries. An entry's ``when``
 holds bounds on the sizes of a call (``d_max``, ``T_min``, ``r_max``, ...); the first entry whose bounds all
 hold is used, and the last one has none. Nothing is tuned while a model trains: two ranks that time the same
-kernels would choose differently, and their sums would differ in the last bits. ``python -m
-lora_null.ops.tune`` measures and rewrites the data.
+kernels would choose differently, and their sums would differ in the last bits. ``lora-null
+tune`` measures and rewrites the data.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Time launch configurations on this machine's GPU and keep the fastest as data.
 
-The command is ``python -m lora_null.ops.tune``, which then measures where these kernels beat the vendor's.
+The command is ``lora-null tune``, which then measures where these kernels beat the vendor's.
 
 Every candidate runs on the sizes of ``SIZES``, and with dropout where the kernel applies a mask; one that does not
 compile, does not fit, or whose results are not as good as torch's is passed over. The winners, with bounds halfway

@@ -60,6 +60,26 @@ def bench(
 
 
 @app.command()
+@with_flags
+def tune(
+    only: Annotated[str, typer.Option(help="Of kernels,covariance,linear.")] = "kernels,covariance,linear",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    minutes: Annotated[float, typer.Option(help="Start nothing more after this time.")] = float("inf"),
+) -> None:
+    """Time the kernels on this machine's GPU and keep the fastest configurations.
+
+    Example: lora-null tune --minutes 8
+    """
+    from ..models.loading import parse_dtype
+    from ..ops.tune import tune as measure
+
+    chosen = parse_dtype(dtype)
+    if chosen is None:
+        raise ValueError("dtype is auto; name one of bfloat16, float16, float32.")
+    typer.echo(f"Written to {measure(only.split(','), dtype=chosen, minutes=minutes)}")
+
+
+@app.command()
 def doctor(json: AsJson = False) -> None:
     """Show versions, compiler, extension, devices and settings, and what will be used on this machine.
 

@@ -12,7 +12,7 @@ An adapted linear goes one of these ways:
 
 The choice between ``triton`` and ``cublas`` is made per product, because the best way differs between products: a
 thin product is bound by memory and gains from fusion, a square one is bound by how good the large GEMM is. Times
-measured by ``python -m lora_null.ops.tune`` decide where there are any for the architecture. Elsewhere the vendor's
+measured by ``lora-null tune`` decide where there are any for the architecture. Elsewhere the vendor's
 GEMM is the safe choice (a fused one that is 8 % slower loses more than the saved passes give back at d = 4096), and
 all of them are one call of C++. ``LORA_NULL_LINEAR_BACKEND=triton|cublas|torch`` overrides both,
 ``LORA_NULL_COVARIANCE_BACKEND`` what :func:`covariance_backend` says.

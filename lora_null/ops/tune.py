@@ -1,6 +1,6 @@
 """Time what can be tuned on this machine's GPU: the kernels' configurations, then the choice between ways.
 
-    python -m lora_null.ops.tune [--only kernels covariance linear] [--dtype bfloat16] [--minutes 8]
+The command is ``lora-null tune``.
 
 ``kernels``: the launch configurations (:mod:`lora_null.kernels.tune`). ``covariance``: the symmetric kernel against
 blocks through cuBLAS. ``linear``: each of the five products fused and through cuBLAS, on the layer shapes of LLaMA
@@ -11,13 +11,13 @@ model trains.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product as every
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -150,39 +150,47 @@ def _sum(C: Tensor, update: Callable[[], object]) -> Tensor:
     return C.tril()
 
 
-def main() -> None:
-    """Measure on the current CUDA device and write the result."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], prog="python -m lora_null.ops.tune")
-    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--kernels", nargs="+", default=list(kernels.SIZES), choices=list(kernels.SIZES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 2048], help="of the linear's shapes")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128], help="of the linear's shapes")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing more after this time")
-    arguments = parser.parse_args()
+def tune(
+    only: Sequence[str] = PARTS,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: Sequence[int] = (8192, 2048),
+    ranks: Sequence[int] = (16, 64, 128),
+    minutes: float = float("inf"),
+) -> Path:
+    """Measure on the current CUDA device and return the file that the results are in.
+
+    Args:
+        only: Which of :data:`PARTS`.
+        dtype: Of activations and weights.
+        tokens: Of the linear's shapes.
+        ranks: Of the linear's shapes.
+        minutes: Start nothing more after this time.
+
+    Raises:
+        ValueError: There is no CUDA device, or a part of another name.
+    """
+    unknown = [part for part in only if part not in PARTS]
+    if unknown or not only:
+        raise ValueError(f"only is {', '.join(unknown) or 'empty'}; expected some of {', '.join(PARTS)}.")
     if not torch.cuda.is_available():
-        parser.error("no CUDA device: there is nothing to choose between on a CPU.")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+        raise ValueError("There is no CUDA device; expected one: on a CPU there is nothing to choose between.")
     import triton
 
-    deadline = time.monotonic() + 60 * arguments.minutes
-    arch, dtype = config.architecture("cuda"), getattr(torch, arguments.dtype)
-    if "kernels" in arguments.only:
+    deadline = time.monotonic() + 60 * minutes
+    arch = config.architecture("cuda")
+    if "kernels" in only:
         name = torch.cuda.get_device_name()
         source = f"timed on {name}, torch {torch.__version__}, triton {triton.__version__}"
-        for overlay in kernels.measure(arguments.kernels, dtype, arch, kernels.graph_ms, deadline=deadline):
+        for overlay in kernels.measure(list(kernels.SIZES), dtype, arch, kernels.graph_ms, deadline=deadline):
             config.save_tuned(arch, {**overlay, "source": source})
-    if "covariance" in arguments.only and time.monotonic() < deadline:
+    if "covariance" in only and time.monotonic() < deadline:
         config.save_tuned(arch, measure_covariance(dtype, "cuda", kernels.graph_ms))
-    if "linear" in arguments.only:
-        shapes = [(T, d, m, r) for T, (m, d), r in every(arguments.tokens, LAYERS, arguments.ranks)]
+    if "linear" in only:
+        shapes = [(T, d, m, r) for T, (m, d), r in every(tokens, LAYERS, ranks)]
         for shape in tqdm(shapes, unit="shape"):
             if time.monotonic() > deadline:
                 logger.warning("out of time before T, d, m, r = %s", shape)
                 break
             save_linear(arch, list(measure_linear([shape], dtype, "cuda", kernels.graph_ms)))
-    logger.info("written to %s", config.tuned_path(arch))
-
-
-if __name__ == "__main__":
-    main()
+    return config.tuned_path(arch)

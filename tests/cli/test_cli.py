@@ -15,7 +15,20 @@ from lora_null import cli
 from lora_null.calibration.sources import read_texts
 from lora_null.calibration.texts import token_batches
 
-COMMANDS = ("calibrate", "add", "init", "export", "merge", "eval", "inspect", "report", "bench", "doctor", "quickstart")
+COMMANDS = (
+    "calibrate",
+    "add",
+    "init",
+    "export",
+    "merge",
+    "eval",
+    "inspect",
+    "report",
+    "tune",
+    "bench",
+    "doctor",
+    "quickstart",
+)
 
 
 def logits(model):

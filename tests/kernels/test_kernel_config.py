@@ -265,7 +265,6 @@ def test_one_command_tunes_what_it_is_asked_for(monkeypatch, only):
         "kernels": {"kernels": {"outer": {"16": [{"BLOCK_T": 1}]}}},
         "covariance": {"dispatch": {"covariance": {"16": [{"backend": "triton"}]}}},
     }
-    monkeypatch.setattr(sys, "argv", ["tune", "--only", *only, "--tokens", "8", "--ranks", "4"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
@@ -277,13 +276,21 @@ def test_one_command_tunes_what_it_is_asked_for(monkeypatch, only):
         return [{"product": "forward", "dtype": "bfloat16", **sizes}]
 
     monkeypatch.setattr(ops_tune, "measure_linear", measure_linear)
-    ops_tune.main()
+    assert ops_tune.tune(only, tokens=[8], ranks=[4]) == config.tuned_path("sm_90")
     written = json.loads(config.tuned_path("sm_90").read_text())
     assert set(written["kernels"]) == ({"outer"} if "kernels" in only else set())
     assert ("source" in written) == ("kernels" in only)
     assert set(written["dispatch"]) == {part for part in ("covariance", "linear") if part in only}
     if "linear" in only:
         assert [entry["m"] for entry in written["dispatch"]["linear"]] == [m for m, _ in ops_tune.LAYERS]
+
+
+def test_without_a_device_or_by_another_name_nothing_is_tuned(monkeypatch):
+    with pytest.raises(ValueError, match="only is layers; expected some of kernels, covariance, linear"):
+        ops_tune.tune(["layers"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        ops_tune.tune()
 
 
 def test_package_loads_without_triton():
