@@ -1,15 +1,19 @@
 """Experts fused into one parameter, through PEFT's target_parameters: calibrate, start, train, save, merge."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import leave, run_two
 from safetensors.torch import load_file
 
 import lora_null
-from lora_null import LoraNullConfig, null_basis
+from lora_null import Covariances, LoraNullConfig, null_basis
 from lora_null import peft as lora_null_peft
 from lora_null.bayes.layers import adapted_layers
 from lora_null.models.experts import Routing
@@ -255,6 +259,22 @@ def test_layer_by_layer_and_interrupted_give_the_same_bits(tmp_path):
     assert same(calibrated("gpt_oss", checkpoint=tmp_path / "sums", checkpoint_every=1), whole)
 
 
+def two_texts():
+    """The second is too short to reach all experts."""
+    return [padded(0), {"input_ids": ids(1)[:1, :1], "attention_mask": torch.ones(1, 1, dtype=torch.long)}]
+
+
+def test_processes_add_up_what_reaches_other_experts(tmp_path, one_thread):
+    config = LoraNullConfig(target_modules=["q_proj"], target_parameters=BOTH)
+    expected = lora_null.calibrate(make("mixtral"), two_texts(), config, progress=False)
+    run_two(__file__, tmp_path)
+    for rank in range(2):
+        found = Covariances.load(tmp_path / f"sums.{rank}")
+        assert found.groups == expected.groups and found.tokens == expected.tokens
+        for key, C in found.items():
+            torch.testing.assert_close(C, expected[key])
+
+
 def test_the_plan_counts_every_expert_and_no_queue_for_what_they_make():
     config = LoraNullConfig(target_modules=["q_proj"], target_parameters=BOTH)
     plan = lora_null.memory_plan(make("mixtral"), padded(0), config)
@@ -376,3 +396,12 @@ def test_parameters_without_covariances_stay_as_peft_starts_them(monkeypatch, ca
     assert "hold nothing of 2 parameters" in caplog.text and "down_proj: their adapters stay" in caplog.text
     frozen = {name for name, layer in layers.items() if not layer.lora_A["default"].weight.requires_grad}
     assert frozen == {f"model.layers.{number}.mlp.experts.gate_up_proj" for number in range(2)}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    wish = LoraNullConfig(target_modules=["q_proj"], target_parameters=BOTH)
+    sums = lora_null.calibrate(make("mixtral"), two_texts(), wish, shard=True, progress=False)
+    sums.save(Path(sys.argv[1]) / f"sums.{dist.get_rank()}")
+    leave()
