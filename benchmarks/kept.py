@@ -23,8 +23,11 @@ METHODS = (
     "CorDA, knowledge-preserved",
     "LoRA-Null, A trained",
     "LoRA-Null",
+    "Null-Basis",
 )
 NAMES = {"CorDA, knowledge-preserved": "CorDA", "LoRA-Null": "LoRA-Null, A frozen"}
+# The default, as the quickstart runs it.
+DEFAULT = "Null-Basis"
 OURS, PEER = "#c4432b", "#8397a8"
 
 
@@ -59,7 +62,7 @@ def table(entries: list[dict]) -> str:
     for e in entries:
         name = NAMES.get(e["method"], e["method"])
         figures = f"{e['accuracy']:.3f}", f"{e['log_likelihood']:.2f}", f"{e['task_loss']:.3f}"
-        rows.append((f"**{name}**" if e["method"] == "LoRA-Null" else name, _rate(e), *figures))
+        rows.append((f"**{name}**" if e["method"] == DEFAULT else name, _rate(e), *figures))
     one = entries[-1]
     conditions = (
         f"*Conditions: SmolLM2-135M-Instruct, rank {one['r']}, {one['steps']} steps of {one['batch_size']} arithmetic "
@@ -99,7 +102,7 @@ def _kept(entries: list[dict]):
             where.set(ha="right", va="bottom")
             before = e["accuracy"]
             continue
-        ours = e["method"] == "LoRA-Null"
+        ours = e["method"] == DEFAULT
         axes.plot(e["task_loss"], e["accuracy"], "o", color=OURS if ours else PEER, markersize=10 if ours else 7)
         # What forgetting is: the way down from where the model was.
         colour = OURS if ours else PEER
@@ -108,7 +111,11 @@ def _kept(entries: list[dict]):
         point, side = (e["task_loss"], e["accuracy"]), "left" if e["method"] == "LoRA" else "center"
         below = dict(textcoords="offset points", ha=side)
         name, weight = NAMES.get(e["method"], e["method"]), "bold" if ours else "normal"
-        axes.annotate(name, point, xytext=(0, -14), weight=weight, **below)
+        # The two of ours lie side by side.
+        beside = (
+            {"xytext": (8, -3), **below, "ha": "left"} if e["method"] == "LoRA-Null" else {"xytext": (0, -14), **below}
+        )
+        axes.annotate(name, point, weight=weight, **beside)
         if ours or e["method"] == "LoRA":
             text = f"{lost} of {e['questions']} facts forgotten"
             axes.annotate(text, point, xytext=(0, -24), color=OURS if ours else "#444444", fontsize=8, **below)
