@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(wildcard csrc/*)
 
-.PHONY: quickstart test test-kernels test-peers style bench bench-gpu gpu figures docs release test-matrix clean
+.PHONY: quickstart test test-kernels test-peers test-readers style bench bench-gpu gpu figures docs release test-matrix clean
 
 # The main job on a real model: calibrate, initialise, fine-tune, compare with LoRA, save, reload.
 quickstart: $(VENV)/.installed
@@ -25,6 +25,10 @@ test-kernels: $(VENV)/.installed
 # PEFT's own LoRA tests, fetched with pip, with and without the fused forward; fails on any that fails only when fused.
 test-peers: $(VENV)/.installed
 	$(BIN)/python -m tests.peers $(ARGS)
+
+# Readers of adapters by their own code: vLLM, mergekit, onnxruntime, llama.cpp; skips what is not there (tests/peers/readers.py).
+test-readers: $(VENV)/.installed
+	$(BIN)/python -m pytest -rs tests/peers/readers.py $(ARGS)
 
 # Seconds instead of minutes; .pre-commit-config.yaml calls the same.
 style: $(VENV)/.installed
