@@ -133,8 +133,8 @@ def initialize_lora_null_weights(
     if config.train == "ab":
         warn_once(
             "shifted-peft-base",
-            "The base weights were shifted by the initial adapters: disable_adapter(), unload() and other "
-            "adapters on this model, hot-swapped ones too, now see the shifted base. save_pretrained and "
+            "The base weights were shifted by the initial adapters: disable_adapter(), unload(), "
+            "get_base_model_state_dict and other adapters on this model, hot-swapped ones too, now see the shifted base. save_pretrained and "
             "lora_null.peft.save_adapter write this adapter for the untouched base.",
         )
     if tied := [name for name in layers if linears[name].tied]:
