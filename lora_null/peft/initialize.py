@@ -134,8 +134,8 @@ def initialize_lora_null_weights(
         warn_once(
             "shifted-peft-base",
             "The base weights were shifted by the initial adapters: disable_adapter(), unload(), "
-            "get_base_model_state_dict and other adapters on this model, hot-swapped ones too, now see the shifted base. save_pretrained and "
-            "lora_null.peft.save_adapter write this adapter for the untouched base.",
+            "get_base_model_state_dict and other adapters on this model, hot-swapped ones too, now see the shifted "
+            "base. save_pretrained and lora_null.peft.save_adapter write this adapter for the untouched base.",
         )
     if tied := [name for name in layers if linears[name].tied]:
         logger.warning(
