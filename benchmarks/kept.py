@@ -112,10 +112,8 @@ def _kept(entries: list[dict]):
         below = dict(textcoords="offset points", ha=side)
         name, weight = NAMES.get(e["method"], e["method"]), "bold" if ours else "normal"
         # The two of ours lie side by side.
-        beside = (
-            {"xytext": (8, -3), **below, "ha": "left"} if e["method"] == "LoRA-Null" else {"xytext": (0, -14), **below}
-        )
-        axes.annotate(name, point, weight=weight, **beside)
+        aside = {"xytext": (8, -3), "ha": "left"} if e["method"] == "LoRA-Null" else {"xytext": (0, -14)}
+        axes.annotate(name, point, weight=weight, **(below | aside))
         if ours or e["method"] == "LoRA":
             text = f"{lost} of {e['questions']} facts forgotten"
             axes.annotate(text, point, xytext=(0, -24), color=OURS if ours else "#444444", fontsize=8, **below)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..covariances.covariances import Covariances, pooled
+from ..covariances.covariances import Covariances, pooled, saw_few
 from ..models.refusals import Target
 from ..system.log import warn_once
-
-# Below so many tokens per input feature a null space is largely arbitrary, as calibration warns of any layer.
-_TOKENS_PER_FEATURE = 2
 
 
 def few_experts(linears: Mapping[str, Target], keys: Mapping[str, str], covariances: Covariances) -> set[str]:
@@ -17,8 +14,7 @@ def few_experts(linears: Mapping[str, Target], keys: Mapping[str, str], covarian
     return {
         name
         for name, key in keys.items()
-        if getattr(linears[name].linear, "is_routed", False)
-        and covariances.tokens[key] < _TOKENS_PER_FEATURE * linears[name].d
+        if getattr(linears[name].linear, "is_routed", False) and saw_few(covariances.tokens[key], linears[name].d)
     }
 
 
@@ -46,7 +42,7 @@ def with_pooled(covariances: Covariances, keys: Mapping[str, str], few: set[str]
         return covariances, changed
     some = ", ".join(sorted(few)[:8]) + (", ..." if len(few) > 8 else "")
     message = (
-        f"{len(few)} experts saw fewer than {_TOKENS_PER_FEATURE} tokens per feature, and start in the null space of "
+        f"{len(few)} experts saw fewer than 2 tokens per feature, and start in the null space of "
         f"the sum over all experts of their layer: {some}."
     )
     warn_once(message, message)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import LoraNullConfig
-from ..covariances.covariances import Covariances
+from ..covariances.covariances import Covariances, saw_few
 from ..models.arguments import takes
 from ..models.identity import fingerprint
 from ..models.modes import evaluating
@@ -229,7 +229,7 @@ def check_counts(
             len(linears),
             missing[0],
         )
-    few = [key for key in tokens if tokens[key] < 2 * sizes[key]]
+    few = [key for key in tokens if saw_few(tokens[key], sizes[key])]
     pooled = [key for key in few if getattr(linears[key], "is_routed", False)]
     if pooled:
         logger.warning(

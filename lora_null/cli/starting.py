@@ -118,7 +118,8 @@ def init(
         _from_file(model, file, folder, config, loading, loaded_task, overwrite, options)
     said = (
         f"{folder}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "
-        "lora_null.peft.load_trainable(model, path)."
+        "lora_null.peft.load_trainable(model, path)"
+        + (", and covariances=Covariances.load(...)." if config.train == "b_in_basis" else ".")
     )
     print_result(said, {"output": str(folder), "config": config.to_dict()}, as_json=json)
 

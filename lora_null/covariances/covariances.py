@@ -190,6 +190,11 @@ class Covariances:
             raise ValueError(f"{path} is damaged: its header is incomplete or contradicts itself ({error}).") from error
 
 
+def saw_few(tokens: int, d: int) -> bool:
+    """Tell whether a covariance is of so few tokens that its null space is largely arbitrary: fewer than ``2 d``."""
+    return tokens < 2 * d
+
+
 def check_weight(weight: Any) -> None:
     """Raise ValueError unless a text can count ``weight`` times."""
     least, most = _WEIGHTS

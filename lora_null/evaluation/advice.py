@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..covariances.covariances import saw_few
 from .report import LayerSpectrum
 
 # Gaussian rows of 192 features, r of 8 and 32, spectra from flat to 1/i^2: with 2 d tokens in each half the ratio is
@@ -54,7 +55,7 @@ def advise(rows: Sequence[LayerSpectrum], r: int) -> Advice:
     """
     if not rows:
         raise ValueError("advise got no rows; expected those of spectrum_report. Are the covariances empty?")
-    few = tuple(row.name for row in rows if row.tokens < 2 * row.d)
+    few = tuple(row.name for row in rows if saw_few(row.tokens, row.d))
     ratios = {row.name: _generalisation(row, r) for row in rows if row.generalisation is not None}
     chance = tuple(name for name, ratio in ratios.items() if ratio > _CHANCE)
     none = tuple(row.name for row in rows if _EVEN <= _share(row, r) < math.inf)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from adapter_tools import R, ids
+from adapter_tools import R, ids, optimise
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -39,12 +39,7 @@ def started(llama, found, *, task=None, **options):
 
 
 def learn(model, steps=3, lr=1e-2, first=0):
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for step in range(first, first + steps):
-        model(input_ids=ids(step), labels=ids(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return optimise(model, map(ids, range(first, first + steps)), lr)
 
 
 def leaks(model, found, energy):

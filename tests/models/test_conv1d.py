@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from adapter_tools import optimise
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
@@ -48,12 +49,7 @@ def agree(found, expected, bound=2e-5):
 
 
 def learn(model):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    for step in range(2):
-        model(input_ids=ids(step), labels=ids(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return optimise(model, map(ids, range(2)), 2e-2)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from adapter_tools import optimise
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import leave, run_two
 from safetensors.torch import load_file
@@ -131,12 +132,7 @@ def started(kind, covariances, train, **options):
 
 
 def learn(model):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(2):
-        model(input_ids=ids(step), labels=ids(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return optimise(model, map(ids, range(2)))
 
 
 def logits(model):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from adapter_tools import optimise
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -31,12 +32,7 @@ def started(llama, found, **options):
 
 
 def learn(model, steps=3, first=0):
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(first, first + steps):
-        model(input_ids=ids(step), labels=ids(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return optimise(model, map(ids, range(first, first + steps)))
 
 
 def logits(model):

@@ -22,6 +22,16 @@ def learn(model, seed=0):
     return model
 
 
+def optimise(model, batches, lr=1e-2):
+    """Take a step of Adam on each batch of token ids."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for batch in batches:
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
 def trained(llama, token_batches, dtype=torch.float32, seed=0, **config):
     model = llama(dtype)
     covariances = lora_null.calibrate(model, token_batches(), progress=False)
