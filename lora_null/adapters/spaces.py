@@ -67,7 +67,7 @@ def find_free(
     def tasks(keys: list[str]) -> Iterator[Task[str, Free]]:
         for key in keys:
             C = covariances[key]
-            yield key, C.device, partial(solve, C, ranks[key])
+            yield key, C.device, len(C), partial(solve, C, ranks[key])
             del C
 
     with announcing_failure():

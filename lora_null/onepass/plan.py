@@ -22,6 +22,7 @@ from ..models.layout import shape_of
 from ..models.shards import size_of
 from ..solver.null_basis import workspace as basis_workspace
 from ..solver.null_space import workspace as space_workspace
+from ..solver.overlapped import ALONE
 from .walk import outside_of
 
 # What MKL keeps from its first large product on, measured with one thread.
@@ -118,15 +119,13 @@ def _solving(seen: Probe, config: LoraNullConfig, name: str, layers: Sequence[nn
     """Return the bytes that the solves of a layer take at most."""
     most, whole = 0, config.protected is not None
     for number in range(len(layers)):
-        each = sorted(
-            max(
-                space_workspace(shape.d, max(map(config.rank_of, seen.groups[key]))),
-                basis_workspace(shape.d) if whole else 0,
-            )
-            for key, shape in seen.inputs.items()
-            if key.startswith(f"{name}.{number}.")
-        )
-        most = max(most, sum(each[-(2 if threads > 1 else 1) :]))
+        alone, beside = [0], [0]
+        for key, shape in seen.inputs.items():
+            if key.startswith(f"{name}.{number}."):
+                needed = space_workspace(shape.d, max(map(config.rank_of, seen.groups[key])))
+                solves = alone if threads == 1 or shape.d >= ALONE else beside
+                solves.append(max(needed, basis_workspace(shape.d) if whole else 0))
+        most = max(most, *alone, sum(sorted(beside)[-2:]))
     return most
 
 

@@ -26,7 +26,8 @@ def null_spaces(
     """Solve many covariances, overlapping them where that helps.
 
     On the CPU each worker solves one matrix with its share of torch's threads; on CUDA each has its own stream, so
-    that the host work of one solve hides behind the kernels of another. At most ``workers + 1`` matrices are in
+    that the host work of one solve hides behind the kernels of another. On the CPU matrices from ``d`` = 8192 on are
+    solved one after another with all threads, unless ``workers`` is given. At most ``workers + 1`` matrices are in
     memory at a time, and ``covariances`` is read only as far as needed, in the calling thread.
 
     Args:
@@ -80,8 +81,8 @@ def _tasks(
             )
         key, C = pair
         own = options if task is None else {**options, "task": _task_of(task, key)}
-        device = C.device if isinstance(C, Tensor) else torch.device("cpu")
-        yield key, device, partial(null_space, C, r, **own)
+        device, d = (C.device, C.shape[-1]) if isinstance(C, Tensor) and C.dim() else (torch.device("cpu"), 0)
+        yield key, device, d, partial(null_space, C, r, **own)
         del C, pair, own
 
 

@@ -1,5 +1,6 @@
 """null_spaces: order, bounded memory, errors, and what is left behind."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -148,3 +149,26 @@ def test_a_thread_keeps_its_stream(monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         assert all(all(result) for result in pool.map(work, range(3)))
     assert len(made) == 2
+
+
+def test_large_matrices_get_all_threads_one_at_a_time(monkeypatch):
+    """By their side alone, so that a matrix gives the same bits whatever is solved beside it."""
+    seen = {}
+
+    def note(C, r):
+        seen[len(C)] = threading.get_ident(), torch.get_num_threads()
+        return null_space(C, r)
+
+    monkeypatch.setattr(sys.modules["lora_null.solver.null_spaces"], "null_space", note)
+    monkeypatch.setattr(sys.modules["lora_null.solver.overlapped"], "ALONE", 64)
+    items = [*covariances(2, d=40), ("large", covariances(1, d=64)[0][1]), *covariances(1, d=48)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert [key for key, _ in null_spaces(items, 3, progress=False)] == [key for key, _ in items]
+        assert seen[64] == (threading.get_ident(), 4)
+        assert {threads for _, threads in (seen[40], seen[48])} == {2}
+        list(null_spaces(items, 3, workers=1, progress=False))
+        assert seen[64][0] != threading.get_ident(), "a number of workers that is given holds"
+    finally:
+        torch.set_num_threads(before)
