@@ -6,7 +6,7 @@ Libraries are imported inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,10 +18,12 @@ from .options import AsJson, Device, Rank, with_flags
 
 # What a user can cause and mend. Anything else is a defect of this package and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+# What the parser of the command line raises. typer exports one of its kinds only, and not every typer has click for it.
+UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="lora-null",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -111,20 +113,36 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """LoRA-Null: adapters in the null space of a layer's activations."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def main() -> None:
     """Run the command line. A mistake of the user ends in one message and exit code 2, not in a traceback."""
     try:
-        app()
+        code = app(prog_name=app.info.name, standalone_mode=False)
+    except typer.Abort:
+        sys.exit(1)
+    except UsageError as error:
+        # click's message, which can run over lines, without its block of usage
+        text = " ".join(error.format_message().split())
+        command = error.ctx.command_path if error.ctx else app.info.name
+        _refuse(f"{text.rstrip('.')}{'' if text.endswith('?') else '.'} See {command} --help.")
     except USER_ERRORS as error:
         if switched_on("LORA_NULL_TRACEBACK"):
             raise
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        typer.echo(f"error: {text or type(error).__name__}", err=True)
-        sys.exit(2)
+        _refuse(text or type(error).__name__)
+    sys.exit(code or 0)
+
+
+def _refuse(text: str) -> NoReturn:
+    typer.echo(f"error: {text}", err=True)
+    sys.exit(2)

