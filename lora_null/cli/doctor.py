@@ -27,6 +27,8 @@ def examine() -> Iterator[tuple[str, str]]:
         yield package, _version(package)
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     yield "compiler", compiler or "none: what is not compiled ahead goes through plain torch"
+    folder = cache_folder()
+    yield "cache", f"{folder}{'' if folder.exists() else ' (not made yet)'}"
     yield "extension", _extension()
     yield "processor", f"{torch.get_num_threads()} of {os.cpu_count()} threads"
     for index in range(torch.cuda.device_count()):
@@ -35,8 +37,6 @@ def examine() -> Iterator[tuple[str, str]]:
         yield f"cuda:{index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
     if not torch.cuda.device_count():
         yield "cuda", "no device" if torch.version.cuda else "torch was built without it"
-    folder = cache_folder()
-    yield "cache", f"{folder}{'' if folder.exists() else ' (not made yet)'}"
     yield from settings().items()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.float32, torch.bfloat16):
@@ -58,5 +58,6 @@ def _version(package: str) -> str:
 def _extension() -> str:
     if switched_on("LORA_NULL_NO_EXTENSION"):
         return "switched off by LORA_NULL_NO_EXTENSION"
-    module = extension.ready()
-    return f"ready: {module.__file__}" if module else "none yet: compiled on first use, where there is a compiler"
+    # compiled now if need be: whether that succeeds is what is asked here
+    module = extension.load()
+    return f"ready: {module.__file__}" if module else "none: it could not be built, see the warning"

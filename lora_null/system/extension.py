@@ -43,7 +43,7 @@ def build(folder: Path | None = None) -> ModuleType:
     """Compile the sources in ``folder`` with ninja, or reuse the cached build of the same sources.
 
     Raises:
-        FileNotFoundError: the sources are in neither of the places of :func:`source_folder`.
+        FileNotFoundError: the sources are in neither of the places of :func:`source_folder`, or there is no compiler.
         RuntimeError, OSError: what the compiler, ninja or the loader said.
     """
     from torch.utils import cpp_extension
@@ -51,12 +51,17 @@ def build(folder: Path | None = None) -> ModuleType:
     folder = folder or source_folder()
     if folder is None:
         raise FileNotFoundError("the C++ sources of lora_null are not installed")
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler.split()[0]) is None:
+        raise FileNotFoundError(f"there is no compiler {compiler}")
     build_folder = cache_folder() / "extension" / _fingerprint(folder)
     build_folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(str(build_folder) + ".lock"), _ninja_on_path():
         # torch marks a running build with a file named "lock" and waits for it for ever. We hold a lock that
         # the system releases when its owner dies, so a mark found here was left by a killed build.
         (build_folder / "lock").unlink(missing_ok=True)
+        if not (build_folder / f"{_NAME}.so").exists():
+            logger.warning("lora_null: the C++ extension is compiled for this torch, once; that takes a minute or two.")
         return cpp_extension.load(
             name=_NAME,
             sources=[str(path) for path in sorted(folder.glob("*.cpp"))],

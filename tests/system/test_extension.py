@@ -72,6 +72,18 @@ def test_failing_compiler_gives_one_warning_and_the_same_result(forget, monkeypa
     assert spaces[0].energy == pytest.approx(float(C.diagonal()[:4].sum()), rel=1e-3)
 
 
+def test_a_missing_compiler_is_named_before_torch_looks_for_it(forget, monkeypatch, caplog, tmp_path):
+    monkeypatch.setitem(sys.modules, "lora_null._C", None)
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path))
+    monkeypatch.delenv("LORA_NULL_NO_EXTENSION", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert extension.load() is None
+    assert [record.name for record in caplog.records] == ["lora_null"]
+    assert "could not be built (there is no compiler no-such-compiler -m64)" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def binary(forget, monkeypatch, tmp_path):
     """A binary of the sources in a folder, older than they are by its time; a build gives a string."""
@@ -145,6 +157,7 @@ def test_builds_on_first_use_and_is_reused(tmp_path):
     (binary.parent / "lock").touch()
     stamp = binary.stat().st_mtime_ns
     second = run(code, LORA_NULL_CACHE=str(tmp_path), LORA_NULL_NO_EXTENSION="0")
+    assert ["is compiled for this torch, once" in run.stderr for run in (first, second)] == [True, False]
     assert second.stdout == first.stdout and binary.stat().st_mtime_ns == stamp
     logging.getLogger("lora_null").info("extension built in %.0f s", built)
 
