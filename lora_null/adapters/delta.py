@@ -73,7 +73,7 @@ def shift_base(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, factor: float)
     """
     with materialized(linear):
         weight = matrix_of(linear)
-        weight.copy_(_shifted(weight, lora_A, lora_B, factor))
+        weight.copy_(shifted(weight, lora_A, lora_B, factor))
 
 
 @torch.no_grad()
@@ -88,15 +88,16 @@ def require_shift(name: str, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, 
         rows, columns, largest = (float(gathered(norm)) for norm in norms)
         if largest + abs(factor) * rows * columns < torch.finfo(weight.dtype).max:
             return
-        shifted = _shifted(weight, lora_A, lora_B, factor).to(weight.dtype)
-        if not bool(gathered(torch.isfinite(shifted).all())):
+        moved = shifted(weight, lora_A, lora_B, factor).to(weight.dtype)
+        if not bool(gathered(torch.isfinite(moved).all())):
             raise ValueError(
                 f"The weight of {name} would hold NaN or Inf in {weight.dtype} (its largest entry is {largest:.3g}), "
                 f"so nothing was changed. {DIVERGED} Or load the model in a wider dtype."
             )
 
 
-def _shifted(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) -> Tensor:
+def shifted(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) -> Tensor:
+    """Return ``weight (m, d)`` plus ``factor * B A`` in fp32, or fp64 if it is."""
     dtype, kind = torch.promote_types(weight.dtype, torch.float32), weight.device.type
     plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     # Whatever autocast or TF32 would make of the product.

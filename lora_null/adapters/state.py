@@ -20,8 +20,6 @@ from .names import PEFT_CONFIG, WEIGHTS
 OWN_CONFIG = "lora_null.json"
 # Under this name a model's own configuration, and so config.json in a trainer's checkpoint, says the same.
 CONFIG_KEY = "lora_null"
-# Where a layer of PEFT keeps (A0, B0, s) of a base that is shifted by - s B0 A0, by the name of its adapter.
-INITIAL = "_lora_null_initial"
 # 2: with checksums.
 _FORMAT = 2
 # Of adapter_config.json, what people and programs write anew; it changes no number.

@@ -12,7 +12,7 @@ from torch import nn
 from ..adapters.extras import changed_since
 from ..adapters.layer import adapter_layers, disable_adapters
 from ..adapters.plain import shifting_start
-from ..adapters.state import INITIAL, get_state
+from ..adapters.state import get_state
 from ..models.wrappers import unwrapped
 
 
@@ -50,7 +50,7 @@ def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
         )
     for name, config in getattr(model, "peft_config", {}).items():
         start = shifting_start(getattr(config, "init_lora_weights", None))
-        if start and not any(getattr(layer, INITIAL, None) for layer in layers.values()):
+        if start:
             raise ValueError(
                 f"The adapter {name!r} began with init_lora_weights={start!r}, by which PEFT changes the base weights: "
                 "without the adapter the model is not the pre-trained one. Pass base=, the pre-trained model."
@@ -61,8 +61,8 @@ def require_comparable(model: nn.Module, base: nn.Module | None) -> None:
 def pretrained(model: nn.Module, base: nn.Module | None = None) -> Iterator[nn.Module]:
     """Yield the pre-trained model for the length of the block: ``base`` if given, else ``model`` with adapters off.
 
-    On a base that was shifted by ``- s B0 A0``, ours or in PEFT's layers, the initial factors are added back: exact
-    up to the rounding of the shift. Afterwards the same adapters are active and the same parameters trained as before.
+    On a base that was shifted by ``- s B0 A0``, ours or in PEFT's layers, these add the initial factors back: exact up
+    to the rounding of the shift. Afterwards the same adapters are active and the same parameters trained as before.
     """
     if base is not None:
         yield base
@@ -73,9 +73,6 @@ def pretrained(model: nn.Module, base: nn.Module | None = None) -> Iterator[nn.M
         if layers or hasattr(model, "peft_config"):
             stack.enter_context(_flags_kept(model))
             stack.enter_context(_disabled(model, layers))
-            for layer in layers.values():
-                if getattr(layer, INITIAL, None):
-                    stack.enter_context(_started(layer))
         yield model
 
 
@@ -113,25 +110,3 @@ def _disabled(model: Any, layers: dict[str, Any]) -> Iterator[None]:
     finally:
         for layer, disabled in before:
             layer.enable_adapters(not disabled)
-
-
-@contextmanager
-def _started(layer: Any) -> Iterator[None]:
-    """Let a layer on a shifted base run with the adapters that it began with, instead of with none."""
-    initial = getattr(layer, INITIAL)
-    factors = [
-        (part[name].weight, start)
-        for name, (*pair, _) in initial.items()
-        for part, start in zip((layer.lora_A, layer.lora_B), pair, strict=True)
-    ]
-    trained = [weight.data for weight, _ in factors]
-    active, disabled = layer._active_adapter, layer._disable_adapters
-    try:
-        for weight, start in factors:
-            weight.data = start.to(weight.device, weight.dtype)
-        layer._active_adapter, layer._disable_adapters = list(initial), False
-        yield
-    finally:
-        layer._active_adapter, layer._disable_adapters = active, disabled
-        for (weight, _), data in zip(factors, trained, strict=True):
-            weight.data = data

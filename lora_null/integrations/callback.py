@@ -8,8 +8,8 @@ from transformers import TrainerCallback
 
 from ..adapters.basis import BasisFactor
 from ..adapters.layer import adapter_layers
-from ..adapters.state import INITIAL
 from ..peft.layers import freeze_lora_A, lora_layers
+from ..peft.shifted import initial_of
 
 
 class KeepFrozen(TrainerCallback):
@@ -44,7 +44,7 @@ class KeepFrozen(TrainerCallback):
             return
         for name, layer in lora_layers(model, self.adapter_name).items():
             within = isinstance(layer.lora_A[self.adapter_name], BasisFactor)
-            if within or self.adapter_name in getattr(layer, INITIAL, {}):
+            if within or initial_of(layer, self.adapter_name):
                 how = "train='b_in_basis'" if within else "freeze_a=False, on a shifted base"
                 raise ValueError(
                     f"{name} was initialised with {how}, where A is trained; KeepFrozen "

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.basis import BasisFactor, FreeDirections
+from ..models.wrappers import plain_name
 
 
 class BasisLinear(BasisFactor, nn.Linear):  # type: ignore[override]
@@ -33,6 +34,8 @@ def drop_coefficients(state_dict: dict[str, Any], adapter_name: str) -> None:
         del state_dict[key]
 
 
-def learns_within(model: nn.Module) -> bool:
-    """Tell whether some adapter of the model learns within free directions."""
-    return any(isinstance(module, BasisLinear) for module in model.modules())
+def learns_within(model: nn.Module, adapter_name: str | None = None) -> bool:
+    """Tell whether some adapter of the model, or the one of that name, learns within free directions."""
+    modules = model.named_modules()
+    found = (name for name, module in modules if isinstance(module, BasisLinear))
+    return any(adapter_name is None or plain_name(name).endswith(f".lora_A.{adapter_name}") for name in found)

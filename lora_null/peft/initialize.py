@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.basis import FreeDirections
-from ..adapters.delta import require_shift, shift_base
+from ..adapters.delta import require_shift
 from ..adapters.layer import refuse_adapted
 from ..adapters.plain import shifting_start
 from ..adapters.start import start_factors
-from ..adapters.state import INITIAL, AdapterState
+from ..adapters.state import AdapterState
 from ..config import LoraNullConfig
 from ..covariances.covariances import Covariances
 from ..models.arguments import takes
@@ -23,13 +23,13 @@ from ..models.refusals import Target, require_finite
 from ..models.targets import survey
 from ..models.zero_points import with_group_size
 from ..system.distributed import announcing_failure
-from ..system.log import logger, warn_once
+from ..system.log import logger
 from . import experts
 from .basis import BasisLinear
 from .layers import base_of, freeze, lora_layers, lora_modules
 from .recipe import recipe_of
 from .record import remember
-from .untouched import initial_of
+from .shifted import shift, shift_of
 
 Model = TypeVar("Model", bound=nn.Module)
 # As calibrated on the plain model, on the one inside PEFT's, or on the whole.
@@ -58,9 +58,10 @@ def initialize_lora_null_weights(
     With ``train="b_in_basis"``, the default, the base is untouched, ``lora_A`` is a layer whose ``weight`` is made of
     coefficients and learns within the free directions, and ``lora_B`` is zero: an exact no-op, on a quantised base too.
     So it is with ``"b"``, where ``lora_A`` is the null-space factor and stays frozen through ``set_adapter`` and
-    ``disable_adapter``. With ``"ab"`` the base is shifted in place: ``disable_adapter`` and further adapters then see
-    the shifted one. What is saved fits the untouched base in all modes, by :func:`save_adapter` as by the model's
-    own ``save_pretrained`` and so in a trainer's checkpoints, which resume on a model that was initialised alike.
+    ``disable_adapter``. With ``"ab"`` the base is shifted in place, for this adapter alone: without it, and with
+    others, layers give what they would on the untouched base. What is saved fits the untouched base in all modes, by
+    :func:`save_adapter` as by the model's own ``save_pretrained`` and so in a trainer's checkpoints, which resume on a
+    model that was initialised alike.
 
     Experts that are fused into parameters, which the ``LoraConfig`` names in ``target_parameters``, begin likewise in
     the modes that leave the base untouched, where calibration was given the same ``target_parameters``. What the
@@ -130,13 +131,6 @@ def initialize_lora_null_weights(
     for name, layer in of_experts.items():
         free = experts.directions_of_experts(name, layer, start.directions)
         experts.put(layer, stacked.pop(name), adapter_name, free)
-    if config.train == "ab":
-        warn_once(
-            "shifted-peft-base",
-            "The base weights were shifted by the initial adapters: disable_adapter(), unload(), "
-            "get_base_model_state_dict and other adapters on this model, hot-swapped ones too, now see the shifted "
-            "base. save_pretrained and lora_null.peft.save_adapter write this adapter for the untouched base.",
-        )
     if tied := [name for name in layers if linears[name].tied]:
         logger.warning(
             "%s shares its weight with another module. Saved adapters are right; merged by PEFT (merge_adapter, "
@@ -165,7 +159,7 @@ def _check_base(peft_model: Any, linears: Mapping[str, Target]) -> None:
                 "LoraConfig: the start is overwritten here anyway."
             )
     for name, layer in lora_modules(peft_model):
-        if layer.merged or initial_of(layer) is not None:
+        if layer.merged or shift_of(layer) is not None:
             state = "has its adapter merged" if layer.merged else "was initialised with freeze_a=False before"
             raise ValueError(
                 f"{name} {state}, so that its base weight is not the pre-trained one. Unmerge it "
@@ -210,8 +204,7 @@ def _as_stored(
 def _put(
     layer: Any, A: Tensor, B: Tensor, adapter_name: str, train: str | None, directions: FreeDirections | None
 ) -> None:
-    base, scaling = layer.get_base_layer(), float(layer.scaling[adapter_name])
-    allow_gradients([base])
+    allow_gradients([layer.get_base_layer()])
     if directions is not None:
         layer.lora_A[adapter_name] = BasisLinear(A, directions)
     elif isinstance(layer.lora_A[adapter_name], BasisLinear):
@@ -224,5 +217,4 @@ def _put(
             freeze(layer, adapter_name)
         return
     layer.lora_B[adapter_name].weight.copy_(B)
-    shift_base(base, A, B, -scaling)
-    setattr(layer, INITIAL, {adapter_name: (A, B, scaling)})
+    shift(layer, adapter_name, A, B)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -11,18 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import Tensor
 
 from ..adapters.extras import keys_of
-from ..adapters.names import PEFT_CONFIG
+from ..adapters.names import PEFT_CONFIG, WEIGHTS, tensor_names
 from ..adapters.state import OWN_CONFIG, AdapterState
 from ..config import LoraNullConfig
 from ..models.wrappers import STATE
+from ..system.tensors import opened
 from .basis import drop_coefficients, learns_within
 from .complete import require_complete, samples_of
 from .layers import lora_layers, scaled_layers
 from .recipe import recipe_of, scale_B, with_recipe
-from .untouched import for_untouched_base, initial_of, is_shifted, note_scaling, take_apart
+from .shifted import (
+    base_handed_out,
+    called_by,
+    counts_on_shift,
+    initial_of,
+    is_shifted,
+    keep_apart,
+    leave_shift,
+    start_beside,
+)
+from .untouched import for_untouched_base, note_scaling, other_start, require_own_shifts, take_apart
 
 # On the model: adapter name to Record. On it and on layers: that what is read from and loaded into them is looked at.
 _RECORDS, _WATCHED = "_lora_null_records", "_lora_null_watched"
@@ -59,7 +70,14 @@ def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
             setattr(layer, _WATCHED, True)
     if _WATCHED not in peft_model.__dict__:
         peft_model.register_state_dict_post_hook(handed_out)
+        peft_model.register_load_state_dict_pre_hook(require_own_shifts)
         setattr(peft_model, _WATCHED, True)
+        if isinstance(peft_model, PeftModel):
+            peft_model.get_base_model().register_state_dict_post_hook(base_handed_out)
+    if isinstance(peft_model, PeftModel) and is_shifted(peft_model):
+        keep_apart(peft_model)
+        if not isinstance(peft_model.__dict__.get("add_adapter"), AddAdapter):
+            peft_model.add_adapter = AddAdapter(peft_model)
     # Without these a model has no way to save adapters: save_pretrained, if any, writes all its weights as they are.
     saves_adapters = isinstance(peft_model, PeftModel) or getattr(peft_model, "_hf_peft_config_loaded", False)
     if saves_adapters and not isinstance(peft_model.__dict__.get("save_pretrained"), SavePretrained):
@@ -74,16 +92,36 @@ def handed_out(peft_model: Any, state_dict: dict[str, Any], prefix: str, local_m
 
     A hook for ``register_state_dict_post_hook``. All the function does with a model is to ask for its state dict, where
     the others who ask want the factors as they are; so it is known by its call.
+
+    Raises:
+        ValueError: It is asked for by what would write or put factors as they are: PEFT's own ``save_pretrained``,
+            past that of the model, or a hot swap into a shifted base or free directions.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not get_peft_model_state_dict.__code__:
-        frame = frame.f_back
-    if prefix or frame.f_code is not get_peft_model_state_dict.__code__:
+    if (swap := called_by(hotswap_adapter_from_state_dict)) is not None:
+        _require_plain(peft_model, swap.f_locals["adapter_name"])
+    frame = called_by(get_peft_model_state_dict)
+    if prefix or frame is None:
         return
     adapter_name = frame.f_locals["adapter_name"]
-    drop_coefficients(state_dict, adapter_name)
-    if is_shifted(peft_model):
+    if counts_on_shift(peft_model, adapter_name):
+        if frame.f_back.f_code is PeftModel.save_pretrained.__code__:
+            raise ValueError(
+                "PeftModel.save_pretrained was called on the class, past that of this model, which alone can write the "
+                f"adapter {adapter_name!r} for the untouched base (train='ab'). Call model.save_pretrained(folder)."
+            )
         for_untouched_base(peft_model, adapter_name, state_dict)
+    drop_coefficients(state_dict, adapter_name)
+
+
+def _require_plain(peft_model: Any, adapter_name: str) -> None:
+    """Refuse to put factors of a file, as they are, where layers hold another form."""
+    if counts_on_shift(peft_model, adapter_name) or learns_within(peft_model, adapter_name):
+        raise ValueError(
+            f"The factors of a file are to be put into the adapter {adapter_name!r} as they are, but its base is "
+            "shifted (train='ab') or its A is made of coefficients (train='b_in_basis'). Give them another name: "
+            "load_adapter(folder, 'another') and set_adapter('another'); to resume a run, make its model with "
+            "peft.get_peft_model, whose load_adapter knows both forms."
+        )
 
 
 def recalled(peft_model: Any, adapter_name: str) -> AdapterState | None:
@@ -123,8 +161,7 @@ class SavePretrained:
         """Write all that the original would.
 
         Raises:
-            ValueError: Something was trained that is in no adapter's file, or the adapter cannot be written for the
-                untouched base. Nothing is written then.
+            ValueError: Something was trained that is in no adapter's file. Nothing is written then.
         """
         # By the class: what another program has put in between may take anything.
         bound = inspect.signature(type(self.model).save_pretrained).bind(self.model, *args, **kwargs).arguments
@@ -145,19 +182,19 @@ class SavePretrained:
             )
         require_complete(self.model, *held_before(self.model), options.get("save_embedding_layers", "auto"))
         with ExitStack() as stack:
-            shifted = is_shifted(self.model)
+            shifted = [name for name in folders if counts_on_shift(self.model, name)]
             if shifted or learns_within(self.model):
                 given = options.get("state_dict")
                 options["state_dict"] = state_dict = dict(self.model.state_dict() if given is None else given)
                 for name in folders:
                     drop_coefficients(state_dict, name)
-                for name in folders if shifted else ():
+                for name in shifted:
                     settings, stacked = for_untouched_base(self.model, name, state_dict)
                     stack.enter_context(_set(self.model.peft_config[name], settings))
                     state = states[name]
                     states[name] = None if state is None else replace(state, stacked=stacked)
-            for name in folders if not shifted else ():
-                if states[name] is not None:
+            for name in folders:
+                if name not in shifted and states[name] is not None:
                     # What was set on the layers, by hand or by hot-swapping, is in PEFT's configuration nowhere.
                     recipe = recipe_of(self.model, name, LoraNullConfig())
                     stack.enter_context(
@@ -183,6 +220,18 @@ class SavePretrained:
         return {self.model.active_adapters()[0]: folder}
 
 
+class AddAdapter:
+    """``add_adapter`` of one ``PeftModel`` whose base is shifted: what agrees with the first starts there too."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.add_adapter
+
+    def __call__(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add, as PEFT does."""
+        self.original(adapter_name, *args, **kwargs)
+        start_beside(self.model, adapter_name)
+
+
 class LoadAdapter:
     """``load_adapter`` of one ``PeftModel``, by which an adapter that it has already goes on as it was saved.
 
@@ -193,18 +242,39 @@ class LoadAdapter:
         self.model, self.original = model, model.load_adapter
 
     def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load, and bring ``lora_B`` to the scaling of the adapter in memory."""
-        folder = Path(model_id) / kwargs.get("subfolder", "")
+        """Load, and bring ``lora_B`` to the scaling of the adapter in memory; one with a new name is as in its file.
+
+        Raises:
+            ValueError: The adapter of that name counts on a shifted base, and the file's did not start there.
+        """
+        folder = Path(model_id) / (kwargs.get("subfolder") or "")
+        new = adapter_name not in self.model.peft_config
         known = recalled(self.model, adapter_name) is not None and (folder / PEFT_CONFIG).exists()
         saved = PeftConfig.from_pretrained(str(folder)) if known else None
+        if not new:
+            self._require_own(folder, adapter_name)
         result = self.original(model_id, adapter_name, *args, **kwargs)
+        if new:
+            leave_shift(self.model, adapter_name)
         if saved is not None:
             recipe = with_recipe(LoraNullConfig(), saved)
             for name, layer in scaled_layers(self.model, adapter_name).items():
                 # On a shifted base that is done where the form is taken apart.
-                if initial_of(layer) is None:
+                if initial_of(layer, adapter_name) is None:
                     scale_B(layer, adapter_name, recipe.scaling_of(name) / float(layer.scaling[adapter_name]))
         return result
+
+    def _require_own(self, folder: Path, adapter_name: str) -> None:
+        """Refuse plain factors of the start's rank, which a layer would take for those on its shifted base."""
+        layers = scaled_layers(self.model, adapter_name) if counts_on_shift(self.model, adapter_name) else {}
+        if not layers or not (folder / WEIGHTS).exists():
+            return
+        with opened(folder / WEIGHTS, "the adapter's weights") as file:
+            for name in set(file.keys()) & {tensor_names(name)[0] for name in layers}:
+                layer = next(layer for key, layer in layers.items() if tensor_names(key)[0] == name)
+                initial = initial_of(layer, adapter_name)
+                if initial is not None and file.get_slice(name).get_shape()[0] == len(initial[0]):
+                    raise other_start(name)
 
 
 class LoadBeside:
@@ -216,14 +286,8 @@ class LoadBeside:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Load, unless the layers hold another form than files; ValueError then."""
         given = inspect.signature(type(self.model).load_adapter).bind(self.model, *args, **kwargs).arguments
-        again = (given.get("adapter_name") or "default") in self.model.peft_config
-        if is_shifted(self.model) or (again and learns_within(self.model)):
-            raise ValueError(
-                f"load_adapter of {type(self.model).__name__} puts factors into the layers as a file has them, but "
-                "here the base is shifted (train='ab') or A is made of coefficients (train='b_in_basis'). Load the "
-                "adapter into a freshly loaded model; to resume a run, make its model with peft.get_peft_model, whose "
-                "load_adapter knows both."
-            )
+        if (name := given.get("adapter_name") or "default") in self.model.peft_config:
+            _require_plain(self.model, name)
         return self.original(*args, **kwargs)
 
 

@@ -26,7 +26,7 @@ from .complete import named_tensors, require_complete
 from .layers import base_names, base_of, expert_layers, holds_experts, holds_linear, lora_layers, lora_modules
 from .recipe import recipe_of
 from .record import held_before, recalled
-from .untouched import change_of, is_stacked, pattern_of, require_reached
+from .untouched import change_of, is_stacked, pattern_of
 
 # Settings of PEFT under which more than LoRA on linear layers was trained, or names mean something else.
 _BESIDE = (
@@ -69,8 +69,8 @@ def save_adapter(
             without the leading folders of an absolute path.
 
     Raises:
-        ValueError: Something was trained that PEFT's format cannot hold, the adapter is no plain LoRA, or it cannot be
-            written for the untouched base. Nothing is written then.
+        ValueError: Something was trained that PEFT's format cannot hold, or the adapter is no plain LoRA. Nothing is
+            written then.
         FileExistsError: ``path`` exists and must not be replaced.
     """
     peft_model = unwrapped(peft_model)
@@ -84,7 +84,7 @@ def changes_of(peft_model: nn.Module, adapter_name: str = "default") -> dict[str
     """Return by layer the change of the untouched weight as ``A (k, d)`` and ``B (m, k)``; sharded ones are gathered.
 
     Raises:
-        ValueError: The adapter is no plain LoRA, or does not reach a layer whose base is shifted.
+        ValueError: The adapter is no plain LoRA.
     """
     layers = lora_layers(peft_model, adapter_name)
     config: Any = peft_model.peft_config[adapter_name]  # type: ignore[index, union-attr]
@@ -100,7 +100,6 @@ def changes_of(peft_model: nn.Module, adapter_name: str = "default") -> dict[str
                 f"{name} uses {type(layer.lora_variant[adapter_name]).__name__}; expected plain LoRA. Save it with the "
                 "model's own save_pretrained."
             )
-        require_reached(name, layer, adapter_name)
     return {
         plain_name(name): change_of(
             layer, adapter_name, layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight

@@ -137,14 +137,11 @@ class TestTheBase:
         with pytest.raises(ValueError, match="The adapter 'other' began with"):
             start(model)
 
-    def test_a_second_adapter_in_other_layers_of_a_shifted_base(self, start, llama, tmp_path):
+    def test_a_second_adapter_in_other_layers_of_a_shifted_base(self, start, llama):
         model = start(get_peft_model(llama(), config()), freeze_a=False)
         model.add_adapter("second", config(target_modules=["k_proj"]))
         with pytest.raises(ValueError, match="was initialised with freeze_a=False before"):
             start(model, adapter_name="second")
-        with pytest.raises(ValueError, match="'second' has no adapter there"):
-            model.save_pretrained(str(tmp_path / "folder"))
-        assert not (tmp_path / "folder").exists()
 
     def test_factors_padded_for_hot_swapping(self, start, llama):
         model = get_peft_model(llama(), config())
@@ -329,17 +326,6 @@ class TestWhatMemoryHolds:
         model.to(torch.bfloat16).save_pretrained(str(tmp_path / "rounded"))
         assert not (tmp_path / "moved").exists()
 
-    def test_several_active_adapters_on_a_shifted_base(self, start, llama, tmp_path):
-        model = start(get_peft_model(llama(), config()), freeze_a=False)
-        model.add_adapter("second", config())
-        model.base_model.set_adapter(["default", "second"])
-        for save in (model.save_pretrained, lambda path: lora_null_peft.save_adapter(model, path)):
-            with pytest.raises(ValueError, match=r"several active adapters, .*'default', 'second'"):
-                save(str(tmp_path / "both"))
-        assert not (tmp_path / "both").exists()
-        model.set_adapter("default")
-        model.save_pretrained(str(tmp_path / "both"))
-
     @pytest.mark.parametrize("train", ["b", "b_in_basis", "ab"])
     @pytest.mark.parametrize("name", ["default", "second"])
     def test_transformers_puts_a_file_into_the_layers(self, calibrated, llama, tmp_path, train, name):
@@ -354,8 +340,8 @@ class TestWhatMemoryHolds:
         model.save_pretrained(str(tmp_path))
         again = made()
         before = {key: value.clone() for key, value in again.state_dict().items()}
-        if train == "ab" or (train == "b_in_basis" and name == "default"):
-            with pytest.raises(ValueError, match="load_adapter of LlamaForCausalLM puts factors"):
+        if train != "b" and name == "default":
+            with pytest.raises(ValueError, match="to be put into the adapter 'default' as they are"):
                 again.load_adapter(str(tmp_path), name)
             assert unchanged(again, before)
         else:

@@ -1,0 +1,249 @@
+"""A base that one adapter has shifted is seen by nobody else, whatever PEFT is asked to do with the model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from adapter_tools import ids, learn
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    set_base_model_state_dict,
+)
+from peft.utils.hotswap import hotswap_adapter
+
+from lora_null import peft as lora_null_peft
+
+R = 4
+MODES = pytest.mark.parametrize("train", ["b", "b_in_basis", "ab"])
+
+
+def config(**options):
+    return LoraConfig(**{"r": R, "lora_alpha": 2 * R, "target_modules": ["q_proj", "up_proj"]} | options)
+
+
+@pytest.fixture
+def start(llama, calibrated):
+    """Make the same initialised model again and again, of PEFT or, without ``wrapped``, of transformers."""
+
+    def make(train="ab", dtype=torch.float32, wrapped=True, fused=False, **options):
+        model = llama(dtype)
+        if wrapped:
+            model = get_peft_model(model, config(**options))
+        else:
+            model.add_adapter(config(**options))
+        energy = {"energy": 0.9} if train == "b_in_basis" else {}
+        lora_null_peft.initialize_lora_null_weights(model, calibrated[1], train=train, progress=False, **energy)
+        if fused:
+            lora_null_peft.use_fused_kernels(model)
+        return model
+
+    return make
+
+
+@torch.no_grad()
+def logits(model, **options):
+    return model.eval()(input_ids=ids(), **options).logits.float()
+
+
+@pytest.fixture
+def same(llama):
+    """Tell whether two models give the same, on the scale of what an adapter does or, without one, of the logits."""
+    base = logits(llama())
+
+    def compare(got, want=None, bound=1e-5):
+        want = base if want is None else want
+        scale = (want - base).norm() if not torch.equal(want, base) else base.norm()
+        return (got - want).norm() <= bound * scale
+
+    return compare
+
+
+def foreign(llama, folder, **options):
+    """Write an adapter that was trained elsewhere, on the untouched base; return its logits."""
+    model = learn(get_peft_model(llama(), config(**options)), seed=7)
+    model.save_pretrained(str(folder))
+    return logits(model)
+
+
+class TestWithoutTheAdapter:
+    @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+    def test_disabled(self, start, same, fused):
+        model = learn(start(fused=fused))
+        want = logits(model)
+        with model.disable_adapter():
+            assert same(logits(model), bound=1e-6)
+        assert torch.equal(logits(model), want)
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert same(logits(model), bound=1e-6)
+
+    def test_disabled_in_a_model_of_transformers(self, start, same):
+        model = learn(start(wrapped=False))
+        model.disable_adapters()
+        assert same(logits(model), bound=1e-6)
+        model.enable_adapters()
+        assert not same(logits(model), bound=1e-3)
+
+    def test_rows_of_a_batch_that_are_the_bases(self, start, llama, same, tmp_path):
+        other = foreign(llama, tmp_path)
+        model = learn(start())
+        want = logits(model)
+        model.load_adapter(str(tmp_path), "foreign")
+        for names, rows in (
+            (["__base__", "default"], (logits(llama())[:1], want[1:])),
+            (["default", "foreign"], (want[:1], other[1:])),
+        ):
+            assert same(logits(model, adapter_names=names), torch.cat(rows))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_unloaded(self, start, llama, same, dtype):
+        model = learn(start(dtype=dtype))
+        base = model.unload()
+        own = llama(dtype).state_dict()
+        assert base.state_dict().keys() == own.keys()
+        for name, value in base.state_dict().items():
+            # of bf16 the two roundings of shift and return
+            bound = 1e-6 if dtype == torch.float32 else 2**-7
+            assert (value - own[name]).float().norm() <= bound * own[name].float().norm()
+        assert same(logits(base), logits(llama(dtype)), 1e-6) or dtype != torch.float32
+
+    def test_unloaded_while_merged_and_merged_for_good(self, start, same):
+        want = logits(learn(start()))
+        model = learn(start())
+        model.merge_adapter()
+        assert same(logits(model.unload()), want)
+        assert same(logits(learn(start()).merge_and_unload(safe_merge=True)), want)
+
+    def test_the_state_dict_of_the_base(self, start, llama, same, tmp_path):
+        model = learn(start())
+        want, own = logits(model), get_base_model_state_dict(model)
+        plain = llama()
+        plain.load_state_dict(own)
+        assert same(logits(plain), bound=1e-6) and torch.equal(logits(model), want)
+        # a base that PEFT puts back is shifted again
+        set_base_model_state_dict(model, llama().state_dict())
+        assert same(logits(model), want)
+        whole = {key: value.clone() for key, value in model.state_dict().items()}
+        bare = {key: value for key, value in whole.items() if "lora_" not in key}
+        model.load_state_dict(bare, strict=False)
+        key = next(key for key in reversed(bare) if ".base_layer." in key)
+        bare[key] = bare[key] * 1.5
+        bare["base_model.model.model.norm.weight"] = 2 * bare["base_model.model.model.norm.weight"]
+        with pytest.raises(ValueError, match="to be replaced by another than the shifted one"):
+            model.load_state_dict(bare, strict=False)
+        assert all(torch.equal(value, whole[key]) for key, value in model.state_dict().items())
+
+
+class TestOtherAdapters:
+    @pytest.mark.parametrize("options", [{}, {"r": 2}, {"target_modules": ["k_proj", "up_proj"]}], ids=str)
+    @pytest.mark.parametrize("wrapped", [True, False], ids=["peft", "transformers"])
+    def test_a_new_one_changes_nothing_and_is_saved_for_itself(self, start, llama, same, tmp_path, options, wrapped):
+        model = start(wrapped=wrapped)
+        if wrapped:
+            model.add_adapter("second", config(**options))
+        else:
+            model.add_adapter(config(**options), "second")
+        model.set_adapter("second")
+        assert same(logits(model), bound=1e-6)
+        want = logits(learn(model))
+        model.save_pretrained(str(tmp_path))
+        loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "second" if wrapped else tmp_path))
+        assert same(logits(loaded), want)
+        lora_null_peft.save_adapter(model, tmp_path / "own", adapter_name="second")
+        assert same(logits(PeftModel.from_pretrained(llama(), str(tmp_path / "own"))), want)
+
+    @pytest.mark.parametrize("options", [{}, {"r": 2}, {"lora_alpha": 5}], ids=str)
+    @pytest.mark.parametrize("wrapped", [True, False], ids=["peft", "transformers"])
+    def test_a_foreign_one_is_as_in_its_file(self, start, llama, same, tmp_path, options, wrapped):
+        want = foreign(llama, tmp_path / "foreign", **options)
+        model = learn(start(wrapped=wrapped))
+        own = logits(model)
+        model.load_adapter(str(tmp_path / "foreign"), "foreign")
+        model.set_adapter("foreign")
+        assert same(logits(model), want)
+        lora_null_peft.save_adapter(model, tmp_path / "again", adapter_name="foreign")
+        assert same(logits(PeftModel.from_pretrained(llama(), str(tmp_path / "again"))), want)
+        model.set_adapter("default")
+        assert same(logits(model), own)
+        model.delete_adapter("default") if wrapped else model.delete_adapter(["default"])
+        model.set_adapter("foreign")
+        assert same(logits(model), want)
+        if wrapped:
+            assert same(logits(copy.deepcopy(model).merge_and_unload()), want)
+            assert same(logits(pickle.loads(pickle.dumps(model)).unload()), bound=1e-6)
+            model.add_adapter("default", config())
+            model.set_adapter("default")
+            assert same(logits(model), bound=1e-6)
+
+    def test_several_at_once_add_up(self, start, llama, same, tmp_path):
+        foreign(llama, tmp_path / "foreign")
+        model = learn(start())
+        model.add_adapter("alike", config())
+        model.set_adapter("alike")
+        learn(model, seed=2)
+        model.load_adapter(str(tmp_path / "foreign"), "foreign")
+        names = ["default", "alike", "foreign"]
+        model.base_model.set_adapter(names)
+        want = logits(model)
+        model.save_pretrained(str(tmp_path / "all"))
+        loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "all"))
+        for name in names[1:]:
+            loaded.load_adapter(str(tmp_path / "all" / name), name)
+        loaded.base_model.set_adapter(names)
+        assert same(logits(loaded), want)
+        model.merge_adapter()
+        assert same(logits(model), want)
+        assert same(logits(model.merge_and_unload()), want)
+
+    def test_combined_by_factors(self, start, llama, same, tmp_path):
+        want = foreign(llama, tmp_path / "foreign")
+        model = learn(start())
+        model.load_adapter(str(tmp_path / "foreign"), "foreign")
+        with pytest.raises(ValueError, match=r"those of \['default'\] count on a base"):
+            model.add_weighted_adapter(["default", "foreign"], [0.5, 0.5], "mixed", combination_type="cat")
+        assert "mixed" not in model.peft_config
+        model.add_weighted_adapter(["foreign"], [1.0], "alone", combination_type="cat")
+        model.set_adapter("alone")
+        assert same(logits(model), want)
+
+
+class TestFactorsAsTheyAre:
+    @MODES
+    def test_hot_swapping(self, start, llama, same, tmp_path, train):
+        want = foreign(llama, tmp_path / "foreign")
+        model = learn(start(train))
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        if train == "b":
+            hotswap_adapter(model, str(tmp_path / "foreign"), "default")
+            assert same(logits(model), want)
+            return
+        for each in (model, torch.compile(model)):
+            with pytest.raises(ValueError, match="'default' as they are, but its base is shifted"):
+                hotswap_adapter(each, str(tmp_path / "foreign"), "default")
+        after = model.state_dict()
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+        model.load_adapter(str(tmp_path / "foreign"), "another")
+        hotswap_adapter(model, str(tmp_path / "foreign"), "another")
+        model.set_adapter("another")
+        assert same(logits(model), want)
+
+    def test_a_foreign_one_under_the_name_of_the_first(self, start, llama, tmp_path):
+        foreign(llama, tmp_path)
+        model = learn(start())
+        want = logits(model)
+        with pytest.raises(ValueError, match="started from other factors"):
+            model.load_adapter(str(tmp_path), "default")
+        assert torch.equal(logits(model), want)
+
+    def test_the_class_is_asked_to_save(self, start, llama, same, tmp_path):
+        for train in ("b", "b_in_basis"):
+            model = learn(start(train))
+            PeftModel.save_pretrained(model, str(tmp_path / train))
+            assert same(logits(PeftModel.from_pretrained(llama(), str(tmp_path / train))), logits(model))
+        with pytest.raises(ValueError, match=r"Call model\.save_pretrained"):
+            PeftModel.save_pretrained(learn(start()), str(tmp_path / "ab"))
+        assert not (tmp_path / "ab" / "adapter_config.json").exists()
