@@ -27,6 +27,7 @@ from .options import (
     parse_pattern,
     parse_targets,
 )
+from .processes import joined
 from .reading import Text
 
 
@@ -108,11 +109,14 @@ def init(
     if text.data:
         sums = {"mask": text.counted, "accumulate": accumulate, "progress": progress}
         chosen = {"method": method.value, "keep": keep_covariances, "verify_base": verify_base}
-        prepared = _one_pass(model, text, sums, config, loading, loaded_task, chosen)
-        if dry_run:
-            print_result(str(prepared.plan), asdict(prepared.plan), as_json=json)
+        with joined() as first:
+            prepared = _one_pass(model, text, sums, config, loading, loaded_task, chosen)
+            if dry_run and first:
+                print_result(str(prepared.plan), asdict(prepared.plan), as_json=json)
+            if not dry_run:
+                prepared.run(folder, overwrite=overwrite)
+        if dry_run or not first:
             return
-        prepared.run(folder, overwrite=overwrite)
     else:
         options: dict[str, Any] = {"method": method.value, "verify_base": verify_base, "progress": progress}
         _from_file(model, file, folder, config, loading, loaded_task, overwrite, options)

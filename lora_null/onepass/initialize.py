@@ -18,7 +18,7 @@ from ..models.arguments import PATH, takes
 from ..models.loading import load_tokenizer
 from ..models.parts import is_encoder_decoder
 from ..models.settings import Loading
-from ..system.distributed import rank_and_size
+from ..system.distributed import announcing_failure, is_shared_out, share_of
 from ..system.files import require_writable
 from ..system.log import logger
 from .run import OnePass
@@ -58,6 +58,10 @@ def initialize_streaming(
     What is finished lies in a hidden folder beside ``output`` until the end. A run that was killed goes on from there
     when it is started again with the same arguments, to the same bits.
 
+    All processes of a ``torch.distributed`` group call this with the same arguments. Each takes its share of the
+    batches, unless a ``DistributedSampler`` does that already, and keeps the hidden states of these beside ``output``;
+    sums are added up, solves divided, and the first process writes. The plan is that of one process.
+
     Args:
         model: A folder with weights as safetensors, or a Hugging Face model id.
         batches: A list of texts, which are tokenised with the model's own tokenizer; or as for
@@ -84,8 +88,8 @@ def initialize_streaming(
     Raises:
         TypeError: A batch is of no known form.
         ValueError: What :func:`lora_null.calibrate` and :func:`lora_null.initialize` refuse; the model is quantised, an
-            encoder-decoder, or its weights cannot be read layer by layer; a killed run was of other arguments; there
-            are several processes.
+            encoder-decoder, or its weights cannot be read layer by layer; a killed run was of other arguments, or
+            of another number of processes; a process has no batch.
         FileExistsError: An output exists and must not be replaced.
     """
     loading = Loading(dtype=dtype, device=str(device), revision=revision, trust_remote_code=trust_remote_code)
@@ -121,12 +125,6 @@ def prepare(
     verify_base: bool = True,
 ) -> OnePass:
     """Check everything and plan, see :func:`initialize_streaming`; nothing is written."""
-    if rank_and_size()[1] > 1:
-        raise ValueError(
-            f"There are {rank_and_size()[1]} processes; expected one, which reads one layer after another. Divide the "
-            "work with lora_null.calibrate and lora_null.initialize, or run this in a process of its own."
-        )
-
     if config.train == "b_in_basis" and keep is None:
         logger.warning(
             "The adapter starts within its free directions and, with train='b_in_basis', learns there only beside the "
@@ -141,7 +139,9 @@ def prepare(
             )
         texts = isinstance(batches, Sequence) and len(batches) and all(isinstance(text, str) for text in batches)
         given = token_batches(load_tokenizer(model, loading), batches) if texts else batches
-        return iterate(given, options.queue_tokens)
+        source = iterate(given, options.queue_tokens)
+        return source if is_shared_out(given) else share_of(source)
 
     chosen: dict[str, Any] = {"task": task, "method": method, "keep_covariances": keep, "verify_base": verify_base}
-    return OnePass.of(model, read, config, options, loading, **chosen)
+    with announcing_failure():
+        return OnePass.of(model, read, config, options, loading, **chosen)

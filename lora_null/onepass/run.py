@@ -39,6 +39,7 @@ from ..models.settings import Loading
 from ..models.shards import DiskWeights, Shards, weight_files
 from ..models.targets import survey
 from ..models.zero_points import with_group_size
+from ..system.distributed import OtherProcessFailed, announcing_failure, exchange, in_first_process, rank_and_size
 from ..system.files import beside, read_json, replacing, write_json
 from ..system.log import logger
 from ..system.memory import give_back
@@ -144,6 +145,12 @@ class OnePass:
         if task is not None and verify_base:
             require_these_weights(found.linears, task, ("{}",), "task covariances", weights.fingerprint)
         read, collector, data = read_all(job, batches(hollow))
+        rank, size = rank_and_size()
+        if size > 1 and not any(batch.tokens for batch in read):
+            raise ValueError(
+                f"Process {rank} of {size} has no batch with tokens; expected at least one for each process. Pass "
+                "smaller batches, or start fewer processes."
+            )
         with evaluating(outline):
             plan, seen = plan_one_pass(
                 Job.of(outline, config, options), read, config, name, layers, torch.get_num_threads()
@@ -156,7 +163,7 @@ class OnePass:
             targets=targets,
             batches=read,
             collector=collector,
-            data=data,
+            data=digest_of(exchange(data)),
             weights=weights,
             layers=(name, layers),
             members=members,
@@ -167,6 +174,10 @@ class OnePass:
 
     def run(self, output: Path, *, overwrite: bool) -> None:
         """Do it, and write the adapter folder ``output``."""
+        with announcing_failure():
+            self._run(output, overwrite)
+
+    def _run(self, output: Path, overwrite: bool) -> None:
         if self.keep is not None and self.keep.resolve() == output.resolve():
             raise ValueError(
                 f"keep_covariances and the output are both {output}; expected a file for the covariances beside the "
@@ -177,26 +188,30 @@ class OnePass:
         self.plan.check(self.job.options.memory_limit, remedy)
         with self._work(output, overwrite) as work, evaluating(self.model), torch.inference_mode(False):
             files, total = LayerFiles(work), len(self.members)
-            done = min(files.count(), total)
+            done = exchange(min(files.count(), total))[0]
             if done < total:
                 self._walk(work, files, done)
-            self._write(work, files, output, overwrite)
+            in_first_process(lambda: self._write(work, files, output, overwrite))
 
     @contextmanager
     def _work(self, output: Path, overwrite: bool) -> Iterator[Path]:
-        """Hold the folder of work beside ``output``, and remove it at the end; a killed run leaves it."""
-        work, finished = beside(output, "work"), beside(output, "done")
+        """Hold this process's folder of work beside ``output``, and remove it at the end; a killed run leaves it."""
+        rank = rank_and_size()[0]
+        own = output if rank == 0 else output.with_name(f"{output.name}.rank{rank}")
+        work, finished = beside(own, "work"), beside(own, "done")
         checkpoint = Checkpoint(work, self._key())
-        with Checkpoint(output, {}).locked():
+        with Checkpoint(own, {}).locked():
             shutil.rmtree(finished, ignore_errors=True)
             if (work / "key.json").exists():
                 checkpoint.refuse_other({k: str(v) for k, v in read_json(work / "key.json").items()}, checkpoint.key)
             else:
                 shutil.rmtree(work, ignore_errors=True)
-            if not (work / "adapter").exists():
+            if rank == 0 and not (work / "adapter").exists():
                 check_target(output, overwrite)
-            if self.keep is not None and not (work / "kept").exists():
+            if rank == 0 and self.keep is not None and not (work / "kept").exists():
                 check_covariances(self.keep, overwrite)
+            # nothing is written before all have found their part in order
+            exchange(None)
             work.mkdir(parents=True, exist_ok=True)
             with replacing(work / "key.json") as temporary:
                 write_json(temporary, checkpoint.key)
@@ -221,6 +236,7 @@ class OnePass:
             "method": self.solver["method"],
             "task": digest_of(facts),
             "keep_covariances": str(self.keep is not None),
+            "process": "{} of {}".format(*rank_and_size()),
         }
 
     def _walk(self, work: Path, files: LayerFiles, done: int) -> None:
@@ -231,15 +247,17 @@ class OnePass:
         def finish(number: int) -> None:
             state, matrices = taken(self.collector)
             give_back()
-            if self.keep is not None:
+            if self.keep is not None and rank_and_size()[0] == 0:
                 parts.part(number).save(state, DenseMatrices(matrices))
             try:
                 deltas, facts = self._solved(number, Covariances(matrices, state.groups, state.tokens))
-            except ValueError:
+            except (ValueError, OtherProcessFailed) as error:
                 # The same arguments would be refused again, and mended ones must not be refused for what lies here.
-                shutil.rmtree(work, ignore_errors=True)
+                if getattr(error, "refused", True):
+                    shutil.rmtree(work, ignore_errors=True)
                 raise
-            files.write(number, deltas, facts)
+            # Hidden states are replaced when the layer that they went through is on the disk, and not before.
+            in_first_process(lambda: files.write(number, deltas, facts))
             del matrices
             give_back()
 
@@ -294,7 +312,7 @@ class OnePass:
                 assert loaded is not None
                 kept.add(*loaded)
             matrices = PackedMemory({key: kept.triangles[key] for key in groups}, self.collector.placement.dtype)
-            sums = Sums(matrices, groups, facts.tokens, digest_of([self.data]), facts.left_out)
+            sums = Sums(matrices, groups, facts.tokens, self.data, facts.left_out)
             found = Covariances(matrices, groups, facts.tokens, provenance(self.job, self.config, sums, base))
             _once(work / "kept", self.keep, overwrite, lambda path: found.save(path, overwrite=overwrite))
         names = [name for name in self.job.linears if name in deltas]

@@ -15,7 +15,15 @@ T = TypeVar("T")
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process of the group has raised an error."""
+    """Another process of the group has raised an error.
+
+    Attributes:
+        refused: It was a ValueError: the same arguments would be refused again.
+    """
+
+    def __init__(self, message: str, refused: bool = False):
+        super().__init__(message)
+        self.refused = refused
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -51,25 +59,27 @@ def exchange(value: Any, error: BaseException | None = None) -> list[Any]:
     size = rank_and_size()[1]
     if size == 1:
         return [value]
-    failure = None if error is None else f"{type(error).__name__}: {error}"
+    failure = None if error is None else (f"{type(error).__name__}: {error}", isinstance(error, ValueError))
     answers: list[Any] = [None] * size
     dist.all_gather_object(answers, (value, failure))
     if error is None:
         for other, (_, failed) in enumerate(answers):
             if failed is not None:
-                raise OtherProcessFailed(f"Stopped because process {other} failed with {failed}")
+                raise OtherProcessFailed(f"Stopped because process {other} failed with {failed[0]}", failed[1])
     return [answer for answer, _ in answers]
 
 
 @contextmanager
 def announcing_failure() -> Iterator[None]:
-    """Tell the other processes, which wait in :func:`exchange`, of an error raised in the block."""
+    """Tell the other processes, which wait in :func:`exchange`, of an error raised in the block; once, if nested."""
     try:
         yield
     except OtherProcessFailed:
         raise
     except Exception as error:
-        exchange(None, error)
+        if not vars(error).get("announced"):
+            vars(error)["announced"] = True
+            exchange(None, error)
         raise
 
 

@@ -39,6 +39,11 @@ def interprets_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def launched() -> tuple[int, int]:
+    """Return what ``torchrun`` says: the rank on this machine, and the number of processes; ``(0, 1)`` without it."""
+    return int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def requested_backend() -> str:
     """Return the value of ``LORA_NULL_LINEAR_BACKEND``: ``auto``, ``triton``, ``cublas`` or ``torch``."""
     return _one_of("LORA_NULL_LINEAR_BACKEND", LINEAR_BACKENDS)

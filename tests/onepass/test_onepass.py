@@ -283,14 +283,6 @@ class TestCommand:
         assert not out.exists()
 
 
-def test_several_processes_are_refused(llama, tmp_path, monkeypatch):
-    from lora_null.onepass import initialize
-
-    monkeypatch.setattr(initialize, "rank_and_size", lambda: (0, 2))
-    with pytest.raises(ValueError, match="There are 2 processes"):
-        lora_null.initialize_streaming(tmp_path, [], LoraNullConfig(), tmp_path / "out")
-
-
 def test_texts_are_tokenised_with_the_models_own_tokenizer(folder):
     texts = (folder / "text.txt").read_text().split("\n\n")
     lora_null.initialize_streaming(folder / "model", texts, LoraNullConfig(r=4), folder / "one", progress=False)
