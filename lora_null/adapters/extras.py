@@ -137,9 +137,17 @@ def extras_of(model: nn.Module, before: Mapping[str, str], modules_to_save: Iter
     Raises:
         ValueError: PEFT's format has no place for it.
     """
-    adapted = {plain_name(name) for name in adapter_layers(model)}
+    layers = {plain_name(name): layer for name, layer in adapter_layers(model).items()}
+    adapted = set(layers)
     tensors = tensors_of(model)
     changed = changed_since(model, before)
+    if shifted := [name for name, layer in layers.items() if layer.shifted and f"{name}.weight" in changed]:
+        raise ValueError(
+            f"The weight of {shifted[0]} is another than the one that was shifted when the adapters were attached "
+            "(train='ab'): a state dict of a run that started from other factors was loaded, or it was changed by "
+            "hand. Expected the base that the adapter began on. To go on from another run, use "
+            "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
+        )
     changed |= {name for name, tensor in tensors.items() if tensor.requires_grad}
     # What was put into the model later is in no base either.
     changed |= {

@@ -183,9 +183,9 @@ def _require_same_shift(name: str, layer: Any, base: Tensor, initial: Initial) -
     if off > (_TOLERANCE if base.dtype.itemsize >= 4 else _TOLERANCE_HALF) * shift:
         raise ValueError(
             f"The base weight of {name} is to be replaced by another than the shifted one (train='ab') that its "
-            "adapter counts on: the untouched one, or that of a run that started from other factors. Expected the state dict "
-            "of this run. For a base alone use PEFT's set_base_model_state_dict, which is known here; to go on from "
-            "another run, save its adapter with save_pretrained and use "
+            "adapter counts on: the untouched one, or that of a run that started from other factors. Expected the "
+            "state dict of this run. For a base alone use PEFT's set_base_model_state_dict, which is known here; to go "
+            "on from another run, save its adapter with save_pretrained and use "
             "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
         )
 

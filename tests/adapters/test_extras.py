@@ -290,3 +290,15 @@ def test_disabled_adapters_are_not_saved(llama, token_batches, tmp_path):
         lora_null.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     lora_null.save_adapter(model, tmp_path / "adapter")
+
+
+def test_a_state_dict_of_another_start(llama, token_batches, tmp_path):
+    """It has the base that its own start shifted, so that the outputs are right, and the cause is named on saving."""
+    model = trained(llama, token_batches, freeze_a=False)
+    covariances = lora_null.calibrate(llama(), token_batches(seed=2), progress=False)
+    other = lora_null.initialize(llama(), covariances, LoraNullConfig(r=R, freeze_a=False), progress=False)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids()).logits, model(ids()).logits)
+    with pytest.raises(ValueError, match=r"q_proj is another than the one that was shifted .* another run, use"):
+        lora_null.save_adapter(other, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
