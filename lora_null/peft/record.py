@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -247,8 +248,12 @@ class LoadAdapter:
         Raises:
             ValueError: The adapter of that name counts on a shifted base, and the file's did not start there.
         """
-        folder = Path(model_id) / (kwargs.get("subfolder") or "")
         new = adapter_name not in self.model.peft_config
+        if not new and adapter_name != "default" and _best_is_wanted():
+            # load_best_model_at_end would give this adapter the weights of "default".
+            own = Path(model_id) / adapter_name
+            model_id = str(own) if (own / PEFT_CONFIG).exists() else model_id
+        folder = Path(model_id) / (kwargs.get("subfolder") or "")
         known = recalled(self.model, adapter_name) is not None and (folder / PEFT_CONFIG).exists()
         saved = PeftConfig.from_pretrained(str(folder)) if known else None
         if not new:
@@ -275,6 +280,12 @@ class LoadAdapter:
                 initial = initial_of(layer, adapter_name)
                 if initial is not None and file.get_slice(name).get_shape()[0] == len(initial[0]):
                     raise other_start(name)
+
+
+def _best_is_wanted() -> bool:
+    """Tell whether a trainer of transformers is asking, which gives the folder of all adapters whatever the name."""
+    known: Any = sys.modules.get("transformers.trainer")
+    return known is not None and called_by(known.Trainer._load_best_model) is not None
 
 
 class LoadBeside:
