@@ -71,6 +71,17 @@ def test_the_tree_is_ready_for_a_release(release, monkeypatch):
         assert any(complaint in sentence for sentence in release.unready()), complaint
 
 
+def test_a_changed_signature_wants_a_line_in_the_changelog(release, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "RELEASED", tmp_path / "released.txt")
+    before = release.text("tests/docs/api.txt")
+    other = before.replace("lora_null.null_space(C: Tensor, r: int", "lora_null.null_space(C: Tensor", 1)
+    assert other != before
+    release.RELEASED.write_text(other + "lora_null.bayes.gone_since()\n")
+    # the section speaks of null_space
+    assert [line.split(": ")[1] for line in release.unready()] == ["lora_null.bayes.gone_since."]
+    assert release.unmentioned("- Some line.") == ["lora_null.bayes.gone_since", "lora_null.null_space"]
+
+
 def test_a_path_without_compilers_has_everything_else(release, tmp_path, monkeypatch):
     for folder, names in (("a", ["g++", "ls", "gcc-12", "clang++"]), ("b", ["ls", "python", "cc1"])):
         (tmp_path / folder).mkdir()
@@ -85,9 +96,15 @@ def test_a_path_without_compilers_has_everything_else(release, tmp_path, monkeyp
 
 def test_an_interpreter_that_is_not_here_is_left_out(release, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(release, "build", lambda into: (tmp_path / "x.tar.gz", tmp_path / "x.whl"))
+    monkeypatch.setattr(release, "RELEASED", tmp_path / "released.txt")
     tried = []
     monkeypatch.setattr(release, "try_out", lambda sdist, wheel, python, torch: tried.append((python, torch)))
     monkeypatch.setattr(sys, "argv", ["release", "--python", "python9.99", "--python", sys.executable, "--torch", "1"])
     release.main()
-    assert tried == [(sys.executable, "1")]
+    assert tried == [(sys.executable, "1")] and not release.RELEASED.exists()
     assert "python9.99: not on this machine" in capsys.readouterr().out
+    # what is released is on record for the next changelog
+    real, title = release.text, f"## {release.version()}"
+    monkeypatch.setattr(release, "text", lambda name: real(name).replace("## Unreleased", title))
+    release.main()
+    assert release.RELEASED.read_text() == real("tests/docs/api.txt")

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# The signatures on record as they were in the last release; a release writes them anew, and the first one the file.
+RELEASED = ROOT / "tests" / "docs" / "released.txt"
 COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "clang++")
 
 
@@ -32,6 +34,14 @@ def version() -> str:
     return found[1]
 
 
+def unmentioned(section: str) -> list[str]:
+    """Return the names whose signatures are others than in the last release, and which the section does not name."""
+    before = RELEASED.read_text(encoding="utf-8") if RELEASED.exists() else text("tests/docs/api.txt")
+    changed = set(text("tests/docs/api.txt").splitlines()) ^ set(before.splitlines())
+    paths = sorted({line.partition("(")[0] for line in changed})
+    return [path for path in paths if not re.search(rf"\b{path.rpartition('.')[2]}\b", section)]
+
+
 def unready() -> list[str]:
     """Return what keeps this tree from being released, as sentences."""
     wrong = []
@@ -42,6 +52,8 @@ def unready() -> list[str]:
         wrong.append(f"CHANGELOG.md does not begin with a section 'Unreleased' or '{version()}'.")
     elif not re.search(r"^- ", section[2], re.MULTILINE):
         wrong.append(f"The section {section[1]} of CHANGELOG.md has no line.")
+    elif names := unmentioned(section[2]):
+        wrong.append(f"The section {section[1]} of CHANGELOG.md does not name what has changed: {', '.join(names)}.")
     return wrong
 
 
@@ -121,6 +133,8 @@ def main() -> None:
             continue
         for torch in arguments.torch or pinned:
             try_out(sdist, wheel, found, torch)
+    if f"\n## {version()}\n" in text("CHANGELOG.md"):
+        RELEASED.write_text(text("tests/docs/api.txt"), encoding="utf-8")
     print(f"lora_null {version()}: {sdist.name} and {wheel.name} are ready in dist")
 
 
