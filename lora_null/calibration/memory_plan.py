@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import LoraNullConfig
 from ..models.arguments import takes
@@ -99,7 +100,8 @@ def _probe(job: Job, batch: Batch) -> Probe:
     if not (job.reader.is_hf and next(job.model.parameters()).is_meta and not hasattr(job.model, "_hf_hook")):
         return job.probe(batch)
     inputs = inputs_on_meta(job, first_tokens(batch.inputs))
-    return probe(job.model, inputs, job.linears, job.options.share_inputs)
+    with ExpertsOnMeta():
+        return probe(job.model, inputs, job.linears, job.options.share_inputs)
 
 
 def inputs_on_meta(job: Job, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,3 +117,15 @@ def inputs_on_meta(job: Job, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if "position_ids" in job.reader.parameters:
         moved.setdefault("position_ids", torch.arange(length, device=meta)[None])
     return moved
+
+
+class ExpertsOnMeta(TorchDispatchMode):
+    """Lets fused experts of any dtype run on the device meta.
+
+    torch 2.13 refuses their grouped product there unless it is of bfloat16, though it computes others elsewhere.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping | None = None) -> Any:
+        if function is torch.ops.aten._grouped_mm.default and args[0].is_meta and args[0].dim() == 2:
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return function(*args, **(kwargs or {}))

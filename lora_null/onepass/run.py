@@ -25,6 +25,7 @@ from ..calibration.checkpoint import Checkpoint
 from ..calibration.collector import Collector
 from ..calibration.job import Job, Sums
 from ..calibration.layerwise import Finished, read_all, taken, walk_layers
+from ..calibration.memory_plan import ExpertsOnMeta
 from ..calibration.options import Options
 from ..calibration.walk import decoder_layers, split_by_layer
 from ..config import ALL_LINEAR, LoraNullConfig
@@ -151,7 +152,7 @@ class OnePass:
                 f"Process {rank} of {size} has no batch with tokens; expected at least one for each process. Pass "
                 "smaller batches, or start fewer processes."
             )
-        with evaluating(outline):
+        with evaluating(outline), ExpertsOnMeta():
             plan, seen = plan_one_pass(
                 Job.of(outline, config, options), read, config, name, layers, torch.get_num_threads()
             )

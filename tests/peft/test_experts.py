@@ -144,6 +144,25 @@ def agree(found, expected, bound=2e-5):
     return (found - expected).norm() <= bound * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_plan_on_meta_is_the_plan_of_the_model(kind, dtype):
+    config = LoraNullConfig(r=R, target_parameters=parameters_of(kind))
+    model = make(kind, dtype)
+    here = lora_null.memory_plan(model, ids(0), config)
+    there = lora_null.memory_plan(model.to("meta"), ids(0), config)
+    assert there.total("meta") == here.total("cpu") > 0
+    assert [item.what for item in there.items] == [item.what for item in here.items]
+
+
+def test_one_pass_beside_experts_in_float32(tmp_path):
+    make("gpt_oss").save_pretrained(tmp_path / "model")
+    config = LoraNullConfig(r=R, train="b")
+    lora_null.initialize_streaming(tmp_path / "model", [ids(0)], config, tmp_path / "adapter", progress=False)
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(names) == 2 * 2 * 4 and not any("experts" in name for name in names)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_whole_way(kind, tmp_path):
     covariances = calibrated(kind, config=LoraNullConfig(target_parameters=parameters_of(kind)))
