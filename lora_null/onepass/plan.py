@@ -98,7 +98,7 @@ def plan_one_pass(
         (
             *sums,
             weights,
-            Item("workspace of the solver", device, _solving(seen, config, name, layers, threads)),
+            Item("workspace of the solver", device, _solving(seen, config, name, layers, sum(positions), threads)),
             Item(f"buffers of the libraries, {threads} threads", device, threads * _BUFFERS),
         ),
     )
@@ -115,16 +115,18 @@ def _width(model: nn.Module, seen: Probe, name: str) -> int:
     return getattr(getattr(model, "config", None), "hidden_size", None) or next(iter(seen.inputs.values())).d
 
 
-def _solving(seen: Probe, config: LoraNullConfig, name: str, layers: Sequence[nn.Module], threads: int) -> int:
+def _solving(
+    seen: Probe, config: LoraNullConfig, name: str, layers: Sequence[nn.Module], tokens: int, threads: int
+) -> int:
     """Return the bytes that the solves of a layer take at most."""
     most, whole = 0, config.protected is not None
     for number in range(len(layers)):
         alone, beside = [0], [0]
         for key, shape in seen.inputs.items():
             if key.startswith(f"{name}.{number}."):
-                needed = space_workspace(shape.d, max(map(config.rank_of, seen.groups[key])))
+                least = space_workspace(shape.d, max(map(config.rank_of, seen.groups[key])), tokens)
                 solves = alone if threads == 1 or shape.d >= ALONE else beside
-                solves.append(max(needed, basis_workspace(shape.d) if whole else 0))
+                solves.append(basis_workspace(shape.d) if whole else least)
         most = max(most, *alone, sum(sorted(beside)[-2:]))
     return most
 
