@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import LoraNullConfig
-from .layers import lora_modules, scaled_layers
+from .layers import holds_linear, lora_modules, scaled_layers
 
 
 def with_recipe(config: LoraNullConfig, peft_config: Any) -> LoraNullConfig:
@@ -32,7 +32,7 @@ def recipe_of(peft_model: Any, adapter_name: str, config: LoraNullConfig) -> Lor
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, layer in scaled_layers(peft_model, adapter_name).items():
-        key, r, scaling = "^" + re.escape(name), layer.r[adapter_name], float(layer.scaling[adapter_name])
+        key, r, scaling = "^" + re.escape(name), _rank_of(layer, adapter_name), float(layer.scaling[adapter_name])
         if r != config.rank_of(name):
             ranks[key] = r
         if key in ranks or scaling != config.scaling_of(name):
@@ -43,6 +43,13 @@ def recipe_of(peft_model: Any, adapter_name: str, config: LoraNullConfig) -> Lor
         rank_pattern={**ranks, **(config.rank_pattern or {})},
         alpha_pattern={**alphas, **(config.alpha_pattern or {})},
     )
+
+
+def _rank_of(layer: Any, adapter_name: str) -> int:
+    """Return the rank of the factors, which PEFT's hot-swapping changes and layer and configuration do not say."""
+    if holds_linear(layer, adapter_name) and layer.lora_A[adapter_name].weight.dim() == 2:
+        return len(layer.lora_A[adapter_name].weight)
+    return layer.r[adapter_name]
 
 
 def restore(peft_model: Any, adapter_name: str, config: LoraNullConfig) -> None:

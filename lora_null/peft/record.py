@@ -198,9 +198,8 @@ class SavePretrained:
                 if name not in shifted and states[name] is not None:
                     # What was set on the layers, by hand or by hot-swapping, is in PEFT's configuration nowhere.
                     recipe = recipe_of(self.model, name, LoraNullConfig())
-                    stack.enter_context(
-                        _set(self.model.peft_config[name], {"alpha_pattern": recipe.alpha_pattern or {}})
-                    )
+                    patterns = {"alpha_pattern": recipe.alpha_pattern or {}, "rank_pattern": recipe.rank_pattern or {}}
+                    stack.enter_context(_set(self.model.peft_config[name], patterns))
             writes = options.get("is_main_process", True)
             for folder in folders.values() if writes else ():
                 # Of another adapter, or of this one as it was: without it a folder is an ordinary adapter's.

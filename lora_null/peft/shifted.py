@@ -57,21 +57,27 @@ def counts_on_shift(model: nn.Module, adapter_name: str) -> bool:
 
 
 def start_beside(model: nn.Module, adapter_name: str) -> None:
-    """Let a new adapter begin as the first did, at ``A0`` and ``B0`` on the shifted base, where rank and ``s`` agree.
+    """Let a new adapter that agrees with the first in all its layers begin as that did, at ``A0`` and ``B0``.
 
     It changes nothing then, and the factors of the first may be copied into it, as TRL does to have a reference.
     """
-    for _, layer in lora_modules(model):
-        initial = shift_of(layer)
-        if initial is None or not holds_linear(layer, adapter_name) or adapter_name in layer.lora_variant:
-            continue
-        factors = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        if factors[0].shape == initial[0].shape and float(layer.scaling[adapter_name]) == initial[2]:
-            getattr(layer, _STARTED)[adapter_name] = True
-            with torch.no_grad():
-                for factor, start in zip(factors, initial[:2], strict=True):
-                    if not factor.is_meta:
-                        factor.copy_(start)
+    layers = [layer for _, layer in lora_modules(model) if holds_linear(layer, adapter_name)]
+    if not all(_agrees(layer, adapter_name) for layer in layers):
+        return
+    for layer in layers:
+        getattr(layer, _STARTED)[adapter_name] = True
+        with torch.no_grad():
+            for part, start in zip((layer.lora_A, layer.lora_B), getattr(layer, _SHIFT)[:2], strict=True):
+                if not part[adapter_name].weight.is_meta:
+                    part[adapter_name].weight.copy_(start)
+
+
+def _agrees(layer: Any, adapter_name: str) -> bool:
+    initial = shift_of(layer)
+    if initial is None or adapter_name in layer.lora_variant:
+        return False
+    same = layer.lora_A[adapter_name].weight.shape == initial[0].shape
+    return same and float(layer.scaling[adapter_name]) == initial[2]
 
 
 def leave_shift(model: nn.Module, adapter_name: str) -> None:

@@ -155,20 +155,23 @@ def test_pefts_conversion_is_refused_instead_of_converting_twice(start, tmp_path
         )
 
 
-@pytest.mark.parametrize("how", ["by hand", "by hot-swapping"])
-def test_a_scaling_that_the_configuration_does_not_know_is_written(start, llama, tmp_path, how):
-    model = learn(start())
-    if how == "by hand":
+@pytest.mark.parametrize(
+    "rank", [None, R, R - 2, R + 3], ids=["by hand", "swapped", "swapped smaller", "swapped larger"]
+)
+def test_a_recipe_that_the_configuration_does_not_know_is_written(start, llama, tmp_path, rank):
+    model = learn(start(rank_pattern={"q_proj": 5}))
+    if rank is None:
         for layer in lora_null_peft.lora_layers(model).values():
             layer.set_scale("default", 3.0)
     else:
         from peft.utils.hotswap import hotswap_adapter
 
-        learn(start(lora_alpha=5 * R), seed=1).save_pretrained(str(tmp_path / "other"))
+        learn(start(r=rank, lora_alpha=5 * R), seed=1).save_pretrained(str(tmp_path / "other"))
         hotswap_adapter(model, str(tmp_path / "other"), "default")
     want, base = logits(model), logits(llama())
     model.save_pretrained(str(tmp_path / "saved"))
     assert not model.peft_config["default"].alpha_pattern
+    assert model.peft_config["default"].rank_pattern == {"q_proj": 5}
     for loaded in (
         PeftModel.from_pretrained(llama(), str(tmp_path / "saved")),
         lora_null.load_adapter(llama(), tmp_path / "saved"),

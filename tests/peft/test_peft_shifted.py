@@ -11,7 +11,9 @@ from peft import (
     PeftModel,
     get_base_model_state_dict,
     get_peft_model,
+    get_peft_model_state_dict,
     set_base_model_state_dict,
+    set_peft_model_state_dict,
 )
 from peft.utils.hotswap import hotswap_adapter
 
@@ -139,7 +141,11 @@ class TestWithoutTheAdapter:
 
 
 class TestOtherAdapters:
-    @pytest.mark.parametrize("options", [{}, {"r": 2}, {"target_modules": ["k_proj", "up_proj"]}], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"r": 2}, {"alpha_pattern": {"q_proj": 3}}, {"target_modules": ["k_proj", "up_proj"], "lora_alpha": 8}],
+        ids=str,
+    )
     @pytest.mark.parametrize("wrapped", [True, False], ids=["peft", "transformers"])
     def test_a_new_one_changes_nothing_and_is_saved_for_itself(self, start, llama, same, tmp_path, options, wrapped):
         model = start(wrapped=wrapped)
@@ -153,6 +159,11 @@ class TestOtherAdapters:
         model.save_pretrained(str(tmp_path))
         loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "second" if wrapped else tmp_path))
         assert same(logits(loaded), want)
+        if wrapped:
+            kept = {k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name="second").items()}
+            learn(model, seed=5)
+            set_peft_model_state_dict(model, kept, adapter_name="second")
+            assert same(logits(model), want)
         lora_null_peft.save_adapter(model, tmp_path / "own", adapter_name="second")
         assert same(logits(PeftModel.from_pretrained(llama(), str(tmp_path / "own"))), want)
 
