@@ -67,6 +67,7 @@ def tune(
     only: Annotated[str, typer.Option(help="Of kernels,covariance,linear.")] = "kernels,covariance,linear",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     minutes: Annotated[float, typer.Option(help="Start nothing more after this time.")] = float("inf"),
+    json: AsJson = False,
 ) -> None:
     """Time the kernels on this machine's GPU and keep the fastest configurations.
 
@@ -74,11 +75,13 @@ def tune(
     """
     from ..models.loading import parse_dtype
     from ..ops.tune import tune as measure
+    from .output import print_result
 
     chosen = parse_dtype(dtype)
     if chosen is None:
         raise ValueError("dtype is auto; name one of bfloat16, float16, float32.")
-    typer.echo(f"Written to {measure(only.split(','), dtype=chosen, minutes=minutes)}")
+    output = measure(only.split(","), dtype=chosen, minutes=minutes)
+    print_result(f"Written to {output}", {"output": str(output)}, as_json=json)
 
 
 @app.command()
@@ -95,14 +98,20 @@ def doctor(json: AsJson = False) -> None:
 
 @app.command()
 @with_flags
-def quickstart(settings: Settings) -> None:
+def quickstart(settings: Settings, json: AsJson = False) -> None:
     """Calibrate, fine-tune with LoRA and LoRA-Null, compare what each forgot, save, reload.
 
     Example: lora-null quickstart --steps 64 --learning-rate 1e-3
     """
+    from ..quickstart import tables
     from ..quickstart.run import run
+    from .output import print_result
 
-    run(settings)
+    results = run(settings)
+    if json:
+        print_result("", results, as_json=True)
+    else:
+        tables.show(results, settings.output / "adapter")
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,7 +25,6 @@ from ..config import LoraNullConfig
 from ..evaluation.report import eigenvalues_of, row_space_energies
 from ..models.loading import choose_device, load_tokenizer, load_weights
 from ..models.settings import Loading
-from . import tables
 from .evaluation import Knowledge, score_facts, task_loss
 from .facts import Fact, country_facts
 from .measure import Stages
@@ -50,7 +49,7 @@ class Outcome:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Run the quickstart, print its tables and return what ``results.json`` holds.
+    """Run the quickstart and return what ``results.json`` holds.
 
     Raises:
         ValueError: A setting does not fit the model.
@@ -129,7 +128,6 @@ def run(settings: Settings) -> dict[str, Any]:
         "reload": reload,
     }
     (settings.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    tables.show(results, adapter)
     return results
 
 

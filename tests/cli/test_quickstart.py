@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_null import cli
 from lora_null.evaluation import report
-from lora_null.quickstart import evaluation, facts, measure, problems, training
+from lora_null.quickstart import evaluation, facts, measure, problems, tables, training
 from lora_null.quickstart import model as quickstart_model
 from lora_null.quickstart.run import check_output, reload_elsewhere, run
 from lora_null.quickstart.settings import Settings
@@ -316,21 +317,17 @@ class TestFetch:
 
 
 class TestRun:
-    def test_whole_run_on_own_model_and_data(self, model_folder, tmp_path, capsys):
+    def test_whole_run_on_own_model_and_data(self, model_folder, tmp_path, monkeypatch, capsys):
         data = tmp_path / "text.jsonl"
         known, _ = facts.country_facts()
         data.write_text("\n".join(json.dumps({"text": fact.text}) for fact in known[:120]))
-        settings = Settings(
-            model=str(model_folder),
-            data=data,
-            output=tmp_path / "out",
-            r=4,
-            steps=3,
-            batch_size=2,
-            progress=False,
-            device_map="cpu",
-        )
-        results = run(settings)
+        output = tmp_path / "out"
+        words = ["--model", model_folder, "--data", data, "--output", output, "--r", 4, "--steps", 3, "--batch-size", 2]
+        words += ["--no-progress", "--device-map", "cpu", "--json"]
+        monkeypatch.setattr(sys, "argv", ["lora-null", "quickstart", *map(str, words)])
+        with pytest.raises(SystemExit, match="0"):
+            cli.main()
+        results = json.loads(capsys.readouterr().out)
         outcomes = results["outcomes"]
         assert set(outcomes) == {"before", "LoRA", "LoRA-Null"}
         assert outcomes["LoRA-Null"]["energy_ratio"] == pytest.approx(1, abs=1e-2)
@@ -340,11 +337,12 @@ class TestRun:
         assert outcomes["LoRA-Null"]["task_loss"] != outcomes["before"]["task_loss"]
         assert results["reload"]["difference"] <= 1e-5 * results["reload"]["largest_logit"]
         assert results["reload"]["modules"] == []
-        assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+        assert json.loads((output / "results.json").read_text()) == results
+        tables.show(results, output / "adapter")
         printed = capsys.readouterr().out
         assert "LoRA-Null" in printed and "held-out facts" in printed and "Largest logit difference" in printed
         # A second run may replace the results of the first.
-        check_output(settings.output)
+        check_output(output)
 
     def test_missing_extra_is_named(self, monkeypatch, tmp_path):
         monkeypatch.setattr("lora_null.quickstart.run.find_spec", lambda name: None if name == "gguf" else name)
