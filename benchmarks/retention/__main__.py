@@ -13,7 +13,7 @@ from lora_null.system.environment import cache_folder
 
 from .. import records
 from . import __doc__ as purpose
-from .methods import CONTENDERS, METHODS
+from .registry import CONTENDERS, METHODS
 from .study import BEFORE, Bench, Run, Sizes
 
 RESULTS = records.RESULTS / "retention.jsonl"

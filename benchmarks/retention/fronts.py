@@ -13,7 +13,7 @@ from lora_null.evaluation import Estimate
 from lora_null.evaluation.intervals import estimates
 
 from .. import predictions
-from .methods import CONTENDERS, METHODS
+from .registry import CONTENDERS, METHODS
 from .study import BEFORE
 
 # Lists of a stop that say what was kept: the name of the column, and whether the model before has a figure.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ import lora_null
 from lora_null.models.targets import target_linears
 
 MODERATE = (3e-4, 1e-3, 3e-3)
-# Methods whose two factors do not start at zero need a tenth of the learning rate of those that do.
-GENTLE = (1e-4, 3e-4, 1e-3)
-# Calibration texts beside the usual one, which has facts and questions with their answers, and what they are called.
-TEXTS = {
-    "bare": "bare questions",
-    "own": "its own text",
-    "bare+own": "bare questions and its own text",
-    "words+own": "the usual text and its own",
-}
 
 
 @dataclass(frozen=True)
@@ -188,38 +178,6 @@ def smaller_ranks(start: Start, energy: float) -> dict[str, int]:
 def null_basis_task(model: Any, start: Start) -> nn.Module:
     """The same from the directions that the task uses most."""
     return _ours(model, start, task=_task(model, start), train="b_in_basis", energy=0.99)
-
-
-METHODS: dict[str, Method] = {
-    "LoRA": Method(lora),
-    "LoRA, decay 0.3": Method(lora, weight_decay=0.3),
-    "LoRA-Null": Method(lora_null_frozen, (1e-3, 3e-3, 1e-2)),
-    "LoRA-Null, A trained": Method(lora_null_trained, GENTLE),
-    "CorDA": Method(corda, GENTLE),
-    "Null-Basis, 99 %": Method(null_basis),
-    "Null-Basis, 99.9 %": Method(partial(null_basis, energy=0.999)),
-    "Null-Basis, task-aware": Method(null_basis_task),
-    "LoRA-Null, task-aware": Method(lora_null_task, (1e-3, 3e-3, 1e-2)),
-    "LoRA, random A frozen": Method(lora_random_a_frozen, (1e-3, 3e-3, 1e-2)),
-    "full": Method(full, (1e-5, 3e-5, 1e-4)),
-    "MiLoRA": Method(milora, GENTLE),
-    "LoRA-FA": Method(lora_random_a_frozen, optimizer=fa_optimizer),
-    "rsLoRA": Method(rslora),
-    "PiSSA": Method(pissa, GENTLE),
-    "OLoRA": Method(olora, GENTLE),
-    "EVA": Method(eva),
-    "MiCA": Method(mica),
-    **{
-        f"{name}, on {label}": Method(attach, rates, text=text)
-        for text, label in TEXTS.items()
-        for name, attach, rates in (
-            ("LoRA-Null", lora_null_frozen, (1e-3, 3e-3, 1e-2)),
-            ("Null-Basis", null_basis, MODERATE),
-        )
-    },
-}
-# Those that the question is about; every seed of theirs is run before any other method.
-CONTENDERS = tuple(METHODS)[:9]
 
 
 def _config(start: Start, **options: Any) -> Any:

@@ -27,7 +27,8 @@ from lora_null.quickstart.training import fine_tune, pad_batch
 
 from .. import environment
 from . import data
-from .methods import METHODS, Start
+from .methods import Start
+from .registry import METHODS
 
 BEFORE = "before"
 # Of 48 tokens: 12,288, about as many as the questions have with their answers.
@@ -117,15 +118,19 @@ class Bench:
         return load_weights(str(self.path), Loading("float32", "cpu")).requires_grad_(False)
 
     def covariances(self, text: str) -> lora_null.Covariances:
-        """Calibrate on ``words``, ``bare`` or ``own`` text, or on several joined by ``+``, whose covariances add up."""
+        """Calibrate on ``words``, ``bare`` or ``own`` text, on several joined by ``+``, or on a part as ``words/4``."""
         return sum((self._calibrated(part) for part in text.split("+")[1:]), self._calibrated(text.split("+")[0]))
 
     def _calibrated(self, text: str) -> lora_null.Covariances:
-        path = self.cache / ("calibration.safetensors" if text == "words" else f"calibration-{text}.safetensors")
+        path = self.cache / (
+            "calibration.safetensors" if text == "words" else f"calibration-{text.replace('/', '-of-')}.safetensors"
+        )
         if not path.exists():
             config = lora_null.LoraNullConfig(r=self.sizes.r)
             batches = {"words": lambda: self.data.calibration, "bare": lambda: self.data.bare, "own": self._own_batches}
-            lora_null.calibrate(self.base.model, batches[text](), config, progress=False).save(path)
+            name, _, part = text.partition("/")
+            chosen = batches[name]()[:: int(part or 1)]
+            lora_null.calibrate(self.base.model, chosen, config, progress=False).save(path)
         return lora_null.Covariances.load(path)
 
     def _own_batches(self) -> list[dict[str, Tensor]]:

