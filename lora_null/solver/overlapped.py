@@ -17,8 +17,8 @@ Result = TypeVar("Result")
 # A key, where the matrix lies and its side d, and the work.
 Task = tuple[Key, torch.device, int, Callable[[], Result]]
 # On the CPU a matrix of this side gets all threads. Two at a time would save 13 % (26 % at 4096, with two threads) for
-# twice the largest workspace of all; and where one layer is solved after another there is no second one, and half of the
-# threads would idle. It goes by d alone, so that a matrix gives the same bits whatever is solved beside it.
+# twice the largest workspace of all; and where one layer is solved after another there is no second one, and half of
+# the threads would idle. It goes by d alone, so that a matrix gives the same bits whatever is solved beside it.
 ALONE = 8192
 
 
