@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..adapters.basis import BasisFactor, FreeDirections
 from ..models.wrappers import plain_name
+from .layers import lora_modules
 
 
 class BasisLinear(BasisFactor, nn.Linear):  # type: ignore[override]
@@ -39,3 +40,12 @@ def learns_within(model: nn.Module, adapter_name: str | None = None) -> bool:
     modules = model.named_modules()
     found = (name for name, module in modules if isinstance(module, BasisLinear))
     return any(adapter_name is None or plain_name(name).endswith(f".lora_A.{adapter_name}") for name in found)
+
+
+def learn_alike(model: nn.Module, adapter_name: str, other: str) -> None:
+    """Let ``lora_A`` of a new adapter be made of coefficients where that of the other is, and begin as it is."""
+    for _, layer in lora_modules(model):
+        known = layer.lora_A[other] if other in layer.lora_A and adapter_name in layer.lora_A else None
+        if isinstance(known, BasisLinear) and not isinstance(layer.lora_A[adapter_name], BasisLinear):
+            trained = layer.lora_A[adapter_name].weight.requires_grad
+            layer.lora_A[adapter_name] = BasisLinear(known.weight.detach(), known.directions).requires_grad_(trained)

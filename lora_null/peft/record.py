@@ -20,7 +20,7 @@ from ..adapters.state import OWN_CONFIG, AdapterState
 from ..config import LoraNullConfig
 from ..models.wrappers import STATE
 from ..system.tensors import opened
-from .basis import drop_coefficients, learns_within
+from .basis import drop_coefficients, learn_alike, learns_within
 from .complete import require_complete, samples_of
 from .layers import lora_layers, scaled_layers
 from .recipe import recipe_of, scale_B, with_recipe
@@ -75,8 +75,9 @@ def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
         setattr(peft_model, _WATCHED, True)
         if isinstance(peft_model, PeftModel):
             peft_model.get_base_model().register_state_dict_post_hook(base_handed_out)
-    if isinstance(peft_model, PeftModel) and is_shifted(peft_model):
-        keep_apart(peft_model)
+    if isinstance(peft_model, PeftModel):
+        if is_shifted(peft_model):
+            keep_apart(peft_model)
         if not isinstance(peft_model.__dict__.get("add_adapter"), AddAdapter):
             peft_model.add_adapter = AddAdapter(peft_model)
     # Without these a model has no way to save adapters: save_pretrained, if any, writes all its weights as they are.
@@ -221,7 +222,10 @@ class SavePretrained:
 
 
 class AddAdapter:
-    """``add_adapter`` of one ``PeftModel`` whose base is shifted: what agrees with the first starts there too."""
+    """``add_adapter`` of one ``PeftModel``, by which a copy of an adapter has the form of its layers.
+
+    TRL adds one under the configuration of the first, and copies its parameters by name, to have a reference.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.original = model, model.add_adapter
@@ -230,6 +234,9 @@ class AddAdapter:
         """Add, as PEFT does."""
         self.original(adapter_name, *args, **kwargs)
         start_beside(self.model, adapter_name)
+        config = self.model.peft_config[adapter_name]
+        for other in [name for name, known in self.model.peft_config.items() if known is config]:
+            learn_alike(self.model, adapter_name, other)
 
 
 class LoadAdapter:

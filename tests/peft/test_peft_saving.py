@@ -27,10 +27,12 @@ MODES = pytest.mark.parametrize("freeze_a", [True, False], ids=["frozen A", "tra
 def start(llama, calibrated):
     """Make the same initialised model again and again, as a resumed run does."""
 
-    def make(freeze_a=True, dtype=torch.float32, covariances=calibrated[1], **config):
+    def make(freeze_a=True, dtype=torch.float32, covariances=calibrated[1], train=None, **config):
         config = {"r": R, "lora_alpha": 2 * R, "target_modules": "all-linear"} | config
         model = get_peft_model(llama(dtype), LoraConfig(**config))
-        return lora_null_peft.initialize_lora_null_weights(model, covariances, freeze_a=freeze_a, progress=False)
+        options = {"freeze_a": freeze_a} if train is None else {"train": train}
+        options |= {"energy": 0.9} if train == "b_in_basis" else {}
+        return lora_null_peft.initialize_lora_null_weights(model, covariances, progress=False, **options)
 
     return make
 
@@ -127,10 +129,11 @@ def test_ranks_that_differ_and_half_precision(start, llama, tmp_path):
         assert (got - want).norm() <= 1e-2 * want.norm()
 
 
-@MODES
-def test_a_frozen_copy_of_the_start_is_the_reference(start, llama, tmp_path, freeze_a):
+@pytest.mark.parametrize("train", ["b", "b_in_basis", "ab"])
+def test_a_frozen_copy_of_the_start_is_the_reference(start, llama, tmp_path, train):
     """What TRL's DPOTrainer does: a second adapter of the same configuration, saved in a folder of its own."""
-    model = start(freeze_a)
+    model = start(train=train)
+    free = trainable(model)
     model.add_adapter("ref", model.peft_config["default"])
     for name, parameter in model.named_parameters():
         if ".default." in name:
@@ -140,10 +143,12 @@ def test_a_frozen_copy_of_the_start_is_the_reference(start, llama, tmp_path, fre
     model.set_adapter("ref")
     assert (logits(model) - base).norm() <= 1e-6 * base.norm()
     model.set_adapter("default")
-    assert trainable(model) == ({"lora_B"} if freeze_a else {"lora_A", "lora_B"})
+    assert trainable(model) == free
+    want = logits(model)
     model.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(llama(), str(tmp_path / "ref"))
-    assert (logits(loaded) - base).norm() <= 1e-6 * base.norm()
+    for folder, outputs in ((tmp_path / "ref", base), (tmp_path, want)):
+        loaded = PeftModel.from_pretrained(llama(), str(folder))
+        assert (logits(loaded) - outputs).norm() <= 1e-6 * base.norm()
 
 
 def test_pefts_conversion_is_refused_instead_of_converting_twice(start, tmp_path):
