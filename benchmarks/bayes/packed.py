@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_null.bayes.likelihood import logits_of
 from lora_null.evaluation.questions import EncodedQuestion
 from lora_null.quickstart.training import IGNORED, Example
 
@@ -92,6 +93,6 @@ def log_likelihoods(model: Any, rows: Sequence[Packed]) -> Tensor:
     states = whole.model(**collate(rows), use_cache=False).last_hidden_state
     places = [(i, *target) for i, row in enumerate(rows) for target in row.targets]
     row, token, choice, target = torch.tensor(places).T
-    log_p = whole.lm_head(states[row, token]).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    log_p = logits_of(whole.lm_head(states[row, token])).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
     choices = int(choice.max()) + 1
     return torch.zeros(len(rows) * choices).index_add(0, row * choices + choice, log_p).view(len(rows), choices)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ BEFORE, ENSEMBLE = "before", "ensemble of 3"
 # A posterior that is trained, and the learning rate of its run.
 TRAINED = {"Bayesian-LoRA": 5e-2, "BLoB": 3e-3}
 # A Laplace approximation, and the factors that are random in it.
-LAPLACE = {"Laplace": "b", "Laplace, A and B": "ab"}
+LINEARISED = "Laplace, A and B, linearised"
+LAPLACE = {"Laplace": "b", "Laplace, A and B": "ab", LINEARISED: "ab"}
 METHODS = ("LoRA", "MC dropout", "TFB", *LAPLACE, *TRAINED, ENSEMBLE)
 
 
@@ -108,7 +110,8 @@ class Bench:
             p = self._dropped(self._member(run.seed, 0))
         else:
             model, posterior = self._posterior(run)
-            facts, p = posterior.facts, self._sampled(model, posterior)
+            way = posterior.linearised if run.method == LINEARISED else posterior.sample
+            facts, p = posterior.facts, self._sampled(model, way)
         return {
             **self.frame(run),
             "p": [[float(f"{value:.5g}") for value in row] for row in p.tolist()],
@@ -233,10 +236,10 @@ class Bench:
         self._train(model, run.seed, 10 * run.seed, TRAINED[run.method], kl)
         return model, bayes.collect(model)
 
-    def _sampled(self, model: Any, posterior: bayes.Posterior) -> Tensor:
+    def _sampled(self, model: Any, way: Callable[[Any, int], AbstractContextManager]) -> Tensor:
         found = []
         for seed in range(self.sizes.samples):
-            with posterior.sample(model, seed):
+            with way(model, seed):
                 found.append(self.answers(model))
         return torch.stack(found).mean(0)
 

@@ -39,8 +39,8 @@ def laplace(
     output, with labels drawn from the model, C the mean of ``a a^T`` over its inputs: ``a = x`` for A, ``s A x`` for B.
     The posterior's precision is ``G (x) C + prior_precision * I``, in its eigenbasis without further approximation.
 
-    :class:`.Posterior` predicts by samples of the network itself; the linearised predictive of the paper, a Gaussian
-    over logits, needs Jacobians of every logit and is not offered.
+    :class:`.Posterior` predicts by samples of the network itself, or with ``linearised=True`` as the paper does, by
+    samples of the model that is linear in its factors.
 
     Args:
         model: With a trained LoRA adapter, ours or PEFT's; the prior is centred where its training began if the layer

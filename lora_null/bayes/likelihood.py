@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..calibration.batches import IGNORED_LABEL, to_device
 from ..models.modes import evaluating, input_device
@@ -40,11 +41,15 @@ def model_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits in what a model returns: Hugging Face's outputs, or the logits themselves."""
+    """Return the logits in what a model returns: Hugging Face's outputs, or the logits themselves.
+
+    Where they carry a tangent, as in :meth:`.Posterior.linearised`, it is added.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(f"The model returns a {type(output).__name__}; expected logits, or an output that has them.")
-    return logits
+    mean, change = forward_ad.unpack_dual(logits)
+    return mean if change is None else mean + change
 
 
 def counted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layers import AdaptedLayer
 
@@ -50,6 +52,29 @@ def folded(layers: Mapping[str, AdaptedLayer], deviations: Deviations, rows: tup
         yield
 
 
+@contextmanager
+def linearised(layers: Mapping[str, AdaptedLayer], deviations: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Let outputs carry, as forward-mode tangents, what one deviation changes them by to first order.
+
+    A layer is affine in its input, so it is called again on the input's tangent, less what it makes of zeros: layers
+    that have no forward-mode derivative of their own, quantised or fused, need none.
+
+    Args:
+        layers: By name.
+        deviations: Of the same names: ``(r, d)`` for lora_A, ``(m, r)`` for lora_B.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(forward_ad.dual_level())
+        # The fused attentions have no forward-mode derivative.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for name, parts in deviations.items():
+            module: Any = layers[name].module
+            # Not a hook: the layer's own forward must not see a tangent.
+            stack.callback(_set_forward, module, module.__dict__.get("forward"))
+            module.forward = partial(_with_tangent, layers[name], module.forward, parts)
+        yield
+
+
 def repeated(inputs: Mapping[str, Any], samples: int, batch: int) -> dict[str, Any]:
     """Repeat every tensor whose first axis is the batch, as a whole, ``samples`` times."""
     return {
@@ -58,6 +83,27 @@ def repeated(inputs: Mapping[str, Any], samples: int, batch: int) -> dict[str, A
         else value
         for key, value in inputs.items()
     }
+
+
+def _set_forward(module: Any, forward: Any) -> None:
+    """Give an instance a forward of its own again, or with None its class's."""
+    del module.forward
+    if forward is not None:
+        module.forward = forward
+
+
+def _with_tangent(layer: AdaptedLayer, forward: Any, parts: Mapping[str, Tensor], x: Tensor, *args: Any) -> Tensor:
+    x, moved = forward_ad.unpack_dual(x)
+    y, A, B = forward(x, *args), layer.factor("lora_A"), layer.factor("lora_B")
+    wide = x.to(A.dtype)
+    change = torch.zeros_like(y)
+    if "lora_A" in parts:
+        change += layer.scaling * (wide @ parts["lora_A"].T @ B.T)
+    if "lora_B" in parts:
+        change += layer.scaling * (wide @ A.T @ parts["lora_B"].T)
+    if moved is not None:
+        change += forward(moved, *args) - forward(torch.zeros_like(x), *args)
+    return forward_ad.make_dual(y, change)
 
 
 def _add(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bayes_tools import KINDS, adapted, labelled_batches, with_peft
+from bayes_tools import KINDS, SoftmaxRegression, adapted, labelled_batches, with_peft
 from safetensors.torch import load_file, save_file
 
 import lora_null
@@ -84,6 +84,43 @@ def test_one_forward_for_all_samples_in_every_kind_of_layer(model):
     apart = torch.stack([posterior.predict(model, ids, samples=1, seed=seed, batched=False) for seed in range(4)])
     torch.testing.assert_close(together, apart.mean(0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together.sum(-1), torch.ones(len(ids)))
+
+
+@pytest.mark.parametrize("factors", [("lora_A",), ("lora_B",), ("lora_A", "lora_B")], ids="+".join)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_linearised_model_has_the_slope_of_the_samples(kind, factors, llama, token_batches):
+    model, ids = adapted(kind, llama, token_batches, torch.float64), labelled_batches()[0]["input_ids"]
+    before, attributes = state(model), [{*module.__dict__} for module in model.modules()]
+    step = 1e-3
+
+    def moved(share):
+        posterior = wide(model, factors, share)
+        with torch.no_grad(), posterior.sample(model, seed=1):
+            return model(ids).logits
+
+    with torch.no_grad(), wide(model, factors, 1.0).linearised(model, seed=1):
+        mean, slope = torch.autograd.forward_ad.unpack_dual(model(ids).logits)
+    want = (moved(step) - moved(-step)) / (2 * step)
+    # norms are computed in fp32, the differences of outputs are a thousandth of them
+    assert (slope - want).norm() < 1e-3 * want.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, mean, rtol=1e-5, atol=1e-5)
+    assert unchanged(model, before) and attributes == [{*module.__dict__} for module in model.modules()]
+    found = wide(model, factors, 0.05).predict(model, ids, samples=2, seed=1, positions="all", linearised=True)
+    with torch.no_grad(), wide(model, factors, 1.0).linearised(model, seed=2):
+        other = torch.autograd.forward_ad.unpack_dual(model(ids).logits).tangent
+    expected = ((mean + 0.05 * slope).softmax(-1) + (mean + 0.05 * other).softmax(-1)) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_of_one_matrix_are_linear_already():
+    model = SoftmaxRegression()
+    attach_adapter(model.linear, torch.randn(2, 5).double(), torch.randn(4, 2).double())
+    posterior, x = wide(model, ("lora_B",)), {"x": torch.randn(7, 5).double()}
+    apart = posterior.predict(model, x, batched=False)
+    torch.testing.assert_close(posterior.predict(model, x, linearised=True), apart)
+    both = wide(model)
+    assert not torch.allclose(both.predict(model, x, linearised=True), both.predict(model, x, batched=False))
 
 
 def test_the_last_position_is_the_last_one_that_is_no_padding(llama, token_batches):

@@ -1,13 +1,15 @@
 """Small models with trained adapters of every kind that a posterior is fitted to, and labelled batches."""
 
 import torch
-from adapter_tools import trained
+from adapter_tools import learn, trained
 
-KINDS = ["frozen", "shifted", "peft"]
+KINDS = ["basis", "frozen", "shifted", "peft"]
 
 
 def adapted(kind, llama, token_batches, dtype=torch.float32):
-    """Return a LLaMA with random factors: our frozen A, our trained A on a shifted base, or PEFT's."""
+    """Return a LLaMA with random factors: our A within free directions, frozen, or on a shifted base, or PEFT's."""
+    if kind == "basis":
+        return learn(trained(llama, token_batches, dtype, train="b_in_basis"))
     if kind != "peft":
         return trained(llama, token_batches, dtype, freeze_a=kind == "frozen")
     return with_peft(llama(dtype))
