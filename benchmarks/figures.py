@@ -2,7 +2,8 @@
 
 A figure stands between ``<!-- figures:NAME -->`` and ``<!-- /figures:NAME -->``. ``NAME`` is a question, for
 instance ``null-space`` (measured on a CPU) or ``linear-gpu``; ``headline`` or ``headline-gpu``; ``growth``;
-``predictions``; ``plots``; ``kept``, ``kept-best`` (:mod:`benchmarks.kept`); ``retention``; ``row``; or ``bayes``.
+``predictions``; ``plots``; ``kept``, ``kept-best`` (:mod:`benchmarks.kept`); ``retention``; ``row``; ``quantised``; or
+``bayes``.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .harness import Question, UsageError
 from .questions import registry
 from .questions.growth import fitted_exponent, joined
 from .retention import __main__ as retention
-from .retention import fronts, row
+from .retention import fronts, quantised, row
 
 MARKER = re.compile(r"(<!-- figures:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /figures:(?P=name) -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- figures:([\w-]+) -->")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/*.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/*.md", "docs/guides/*.md")
 UNMEASURED = "*Not measured: no {device} was at hand. `{command}` measures it and `make figures` puts it here.*"
 
 
@@ -148,6 +149,13 @@ def figure(name: str, entries: list[dict]) -> str:
             if found
             else UNMEASURED.format(device="result", command="python -m benchmarks.retention.row")
         )
+    if plain == "quantised":
+        found = records.read_runs(quantised.RESULTS)
+        return (
+            quantised.table(found)
+            if found
+            else UNMEASURED.format(device="result", command="python -m benchmarks.retention.quantised")
+        )
     if plain == "bayes":
         text = tables.table(records.read_runs(bayes.RESULTS))
         return text or UNMEASURED.format(device="result", command="python -m benchmarks.bayes")
@@ -160,8 +168,8 @@ def figure(name: str, entries: list[dict]) -> str:
         return growth_table(entries, gpu)
     if plain in registry():
         return question_table(entries, registry()[plain], gpu)
-    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best", "retention", "row", "bayes"]
-    known += [*registry(), *(f"{q}-gpu" for q in registry())]
+    known = ["headline", "headline-gpu", "predictions", "plots", "kept", "kept-best", "retention", "row"]
+    known += ["quantised", "bayes", *registry(), *(f"{q}-gpu" for q in registry())]
     raise UsageError(f"there is no figure {name!r}; known are: {', '.join(known)}")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_null
+from lora_null.adapters.spaces import read
 from lora_null.models.targets import target_linears
 
 MODERATE = (3e-4, 1e-3, 3e-3)
@@ -168,9 +169,9 @@ def null_basis(model: Any, start: Start, energy: float = 0.99) -> nn.Module:
     return _ours(model, start, train="b_in_basis", energy=energy, rank_pattern=smaller_ranks(start, energy))
 
 
-def smaller_ranks(start: Start, energy: float) -> dict[str, int]:
+def smaller_ranks(start: Start, energy: float, group_pooling: int | None = None) -> dict[str, int]:
     """Return the ranks of layers in which fewer than ``r`` directions are free: 99.9 % leave some layers 9 of 576."""
-    free = {key: lora_null.null_basis(C, energy).k for key, C in start.covariances.items()}
+    free = {key: lora_null.null_basis(read(C, group_pooling), energy).k for key, C in start.covariances.items()}
     members = start.covariances.groups.items()
     return {re.escape(name): free[key] for key, names in members for name in names if free[key] < start.r}
 

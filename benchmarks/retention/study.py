@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from lora_null.evaluation.questions import EncodedQuestion
 from lora_null.models.loading import load_tokenizer, load_weights
 from lora_null.models.modes import evaluating
 from lora_null.models.settings import Loading
-from lora_null.quickstart.training import fine_tune, pad_batch
+from lora_null.quickstart.training import Example, fine_tune, pad_batch
 
 from .. import environment
 from . import data
@@ -155,16 +155,8 @@ class Bench:
     def run(self, run: Run) -> dict[str, Any]:
         """Train with one method; return its record, with the stops that it reached before it diverged, if it did."""
         began, method, sizes = time.perf_counter(), METHODS[run.method], self.sizes
-        examples = random.Random(run.seed).sample(self.data.train, sizes.steps * sizes.batch_size)
-        groups = [examples[i : i + sizes.batch_size] for i in range(0, len(examples), sizes.batch_size)][:8]
-        start = Start(
-            sizes.r,
-            run.seed,
-            self.data.calibration,
-            [pad_batch(group) for group in groups],
-            self.covariances(method.text),
-            self.cache,
-        )
+        examples = self.lessons(run.seed)
+        start = self.start(examples, run.seed, method.text)
         torch.manual_seed(run.seed)
         model = method.attach(self.fresh(), start)
         stops: list[dict[str, Any]] = []
@@ -177,24 +169,46 @@ class Bench:
                 )
 
         try:
-            fine_tune(
-                model,
-                examples,
-                steps=sizes.steps,
-                batch_size=sizes.batch_size,
-                learning_rate=run.learning_rate,
-                seed=run.seed,
-                progress=False,
-                after_step=after_step,
-                optimizer=method.optimizer and method.optimizer(model, run.learning_rate),
-                lr_scheduler_type="constant_with_warmup",
-                weight_decay=method.weight_decay,
-                bf16=True,
-            )
+            optimizer = method.optimizer and method.optimizer(model, run.learning_rate)
+            self.train(model, examples, run, after_step, optimizer=optimizer, weight_decay=method.weight_decay)
         except ValueError as error:
             if "not a number" not in str(error):
                 raise
         return self._record(run, stops, began)
+
+    def lessons(self, seed: int) -> list[Example]:
+        """Return what a run with that seed learns."""
+        return random.Random(seed).sample(self.data.train, self.sizes.steps * self.sizes.batch_size)
+
+    def start(self, examples: list[Example], seed: int, text: str = "words") -> Start:
+        """Return what a method may look at before training on ``examples``."""
+        size = self.sizes.batch_size
+        groups = [examples[i : i + size] for i in range(0, len(examples), size)][:8]
+        batches = [pad_batch(group) for group in groups]
+        return Start(self.sizes.r, seed, self.data.calibration, batches, self.covariances(text), self.cache)
+
+    def train(
+        self,
+        model: nn.Module,
+        examples: list[Example],
+        run: Run,
+        after_step: Callable[[int], None] | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Fine-tune, as all runs do."""
+        fine_tune(
+            model,
+            examples,
+            steps=self.sizes.steps,
+            batch_size=self.sizes.batch_size,
+            learning_rate=run.learning_rate,
+            seed=run.seed,
+            progress=False,
+            after_step=after_step,
+            lr_scheduler_type="constant_with_warmup",
+            bf16=True,
+            **arguments,
+        )
 
     def judge(self, model: nn.Module, *, last: bool) -> dict[str, list[float]]:
         """Measure a model; one number per question, example or document.
@@ -239,9 +253,11 @@ class Bench:
 @contextmanager
 def casts_kept(model: nn.Module) -> Iterator[None]:
     """Let autocast keep its copies of the weights, which it does for weights that require a gradient alone."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # the codes of a quantised weight are integers, which have no gradient
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if parameter.is_floating_point()]
     try:
-        model.requires_grad_(True)
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
         yield
     finally:
         for parameter, flag in flags:
