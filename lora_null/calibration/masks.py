@@ -54,7 +54,7 @@ class MaskRule:
         """
         if self.rule == "none":
             return Masks()
-        past = inputs.get("past_key_values")
+        past = inputs.get("cache", inputs.get("past_key_values"))
         attention = _given("attention_mask", inputs, index)
         if not self.two_sided:
             own = _newest(attention, _length(inputs, ""), past)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..models.arguments import takes
 from ..models.modes import evaluating, input_device
+from ..models.parts import cache_name
 from .texts import check_sizes
 
 
@@ -35,7 +36,7 @@ def own_text(
     end the model goes on with another text, as it read them in pre-training.
 
     Args:
-        model: With a KV cache (``past_key_values``), as all causal language models of transformers have.
+        model: With a KV cache, as all causal language models of transformers have.
         tokenizer: Its tokenizer.
         tokens: How many are wanted, prompts included, rounded up to whole documents; at least ``2 d`` for the widest
             layer.
@@ -101,14 +102,14 @@ def _beginnings(tokenizer: Any, prompts: Sequence[str], sequence_length: int) ->
 
 def _continued(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """Return ``ids (B, n)`` continued to ``(B, length)`` on the CPU."""
-    device, cache = input_device(model), None
+    device, cache, name = input_device(model), None, cache_name(model)
     while ids.shape[1] < length:
         new = ids if cache is None else ids[:, -1:]
-        outputs = model(input_ids=new.to(device), past_key_values=cache, use_cache=True)
-        cache = getattr(outputs, "past_key_values", None)
+        outputs = model(input_ids=new.to(device), use_cache=True, **{name: cache})
+        cache = getattr(outputs, name, None)
         if cache is None or getattr(outputs, "encoder_last_hidden_state", None) is not None:
             raise ValueError(
-                f"own_text: {type(model).__name__} returned no past_key_values, or has an encoder; expected a causal "
+                f"own_text: {type(model).__name__} returned no {name}, or has an encoder; expected a causal "
                 "language model that keeps a cache. Give calibrate a text instead."
             )
         # Drawn on the CPU, so that a seed means the same on every device.

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..models.modes import input_device
+from ..models.parts import cache_name
 from . import metrics
 from .compare import require_numbers
 from .questions import EncodedQuestion
@@ -113,13 +114,14 @@ def _score_batch(model: Any, batch: Sequence[EncodedQuestion]) -> Sequence[Tenso
     outputs = model(input_ids=prompts, use_cache=longest > 1, logits_to_keep=1)
     logits = outputs.logits[:, -1:][owners]
     if longest > 1:
-        cache = getattr(outputs, "past_key_values", None)
+        name = cache_name(model)
+        cache = getattr(outputs, name, None)
         if cache is None:
             raise ValueError(
                 f"{type(model).__name__} keeps no key-value cache, which scoring of questions needs; leave them out."
             )
         cache.batch_select_indices(owners)
-        rest = model(input_ids=targets[:, :-1], past_key_values=cache, use_cache=True).logits
+        rest = model(input_ids=targets[:, :-1], use_cache=True, **{name: cache}).logits
         logits = torch.cat([logits, rest], dim=1)
     chosen = require_numbers(logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]).cpu()
     sums = (chosen * (torch.arange(longest) < lengths[:, None])).sum(1)

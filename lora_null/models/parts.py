@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -14,6 +15,13 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     if not hasattr(model, "get_encoder") or not hasattr(config, "get_text_config"):
         return False
     return bool(config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False))
+
+
+def cache_name(model: Any) -> str:
+    """Return what a transformers model calls its KV cache, as an argument and in its output."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # since transformers 5.24, which says that 5.40 will not know the older name
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def text_modules(model: nn.Module) -> set[int] | None:

@@ -7,6 +7,7 @@ import torch
 
 import lora_null
 from lora_null import own_text
+from lora_null.models.parts import cache_name
 
 BOS = 5
 
@@ -69,6 +70,24 @@ def test_it_calibrates_and_leaves_everything_as_it_was(llama):
     assert set(covariances.tokens.values()) == {208}
 
 
+def test_a_cache_may_have_the_name_of_newer_models(llama):
+    class Newer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids, cache=None, use_cache=False):
+            seen.append(input_ids.shape[1])
+            name = cache_name(self.inner)
+            outputs = self.inner(input_ids=input_ids, use_cache=use_cache, **{name: cache})
+            return SimpleNamespace(logits=outputs.logits, cache=getattr(outputs, name))
+
+    seen = []
+    (made,), (wanted,) = (write(model, 16, sequence_length=8) for model in (Newer(), llama()))
+    assert torch.equal(made["input_ids"], wanted["input_ids"]) and seen == [1] * 7
+    assert cache_name(Newer()) == "cache"
+
+
 def test_what_cannot_write_is_refused(llama):
     with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
         write(llama(), 8, by=tokenizer(bos=None))
@@ -81,5 +100,5 @@ def test_what_cannot_write_is_refused(llama):
     model = llama()
     forget = lambda self, args, output: SimpleNamespace(logits=output.logits)  # noqa: E731
     model.register_forward_hook(forget)
-    with pytest.raises(ValueError, match="returned no past_key_values"):
+    with pytest.raises(ValueError, match=r"returned no (past_key_values|cache), or has an encoder"):
         write(model, 8, sequence_length=4)
