@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +104,21 @@ class Shards:
         with opened(self._file_of[name], _EXPECTED) as file:
             return read_floating(file, self._file_of[name], name).clone()
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Ask the system to read these tensors into its cache meanwhile, where it can be asked."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        for path, wanted in by_file.items():
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for name in wanted:
+                    first, end = header[name]["data_offsets"]
+                    os.posix_fadvise(file.fileno(), 8 + length + first, end - first, os.POSIX_FADV_WILLNEED)
+
     def key(self) -> str:
         """Identify the files by names, sizes and times of the last change; nothing is read."""
         facts = [(path.name, path.stat()) for path in self.files]
@@ -153,6 +170,11 @@ class DiskWeights:
         finally:
             for owner, key, tensor in homes:
                 owner[key] = tensor
+
+    def read_ahead(self, prefix: str, module: nn.Module) -> None:
+        """Let the system read the weights of a module of that name, and those inside, while something else computes."""
+        stored = [self._stored(f"{name}.{key}") for _, name, _, key, _ in _tensors(prefix, module)]
+        self.shards.read_ahead(name for name in stored if name is not None)
 
     def fingerprint(self, linears: Mapping[str, nn.Linear]) -> str | None:
         """Return the fingerprint of linear layers of the model, of which one is in memory at a time."""

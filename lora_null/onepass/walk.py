@@ -19,7 +19,8 @@ from .hidden import HiddenFiles
 class DiskWalk(LayerWalk):
     """A :class:`~lora_null.calibration.walk.LayerWalk` over a model whose parameters lie on the device meta.
 
-    A layer's weights are read for its turn. What the model runs before its layers (embeddings, above all) is read when
+    A layer's weights are read for its turn, from the system's cache: it reads them while the layer before is at work.
+    What the model runs before its layers (embeddings, above all) is read when
     it is called, and dropped before the layer's null spaces are solved; from the second layer on the input embedding
     is not read any more, since the stored hidden states replace all that is made of it.
 
@@ -61,6 +62,8 @@ class DiskWalk(LayerWalk):
             self.files.around(number, self.rest, last=last),
             self.weights.placed(f"{self.name}.{number}", self.layers[number]),
         ):
+            if not last:
+                self.weights.read_ahead(f"{self.name}.{number + 1}", self.layers[number + 1])
             yield
 
     @contextmanager

@@ -1,6 +1,7 @@
 """A model on disk becomes the adapter that calibrate, initialize and save_adapter make of it in memory, bit for bit."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_null
 from lora_null import LoraNullConfig
+from lora_null.onepass import run
 
 # Tiny products are faster on one thread, and the bits of a sum depend on the number of threads.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -281,6 +283,33 @@ class TestCommand:
             code, _, err = run("init", model, *arguments)
             assert code == 2 and match in err, err
         assert not out.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked")
+def test_the_next_layer_is_read_ahead(llama, tmp_path, monkeypatch):
+    """Its weights and nothing else, before the layer at work has got its adapters."""
+    llama(num_hidden_layers=3).save_pretrained(tmp_path / "model")
+    content = (tmp_path / "model" / "model.safetensors").read_bytes()
+    asked, real = [], run.LayerFiles.write
+
+    def note(_, first, size, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append(content[first : first + size])
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    monkeypatch.setattr(run.LayerFiles, "write", lambda *a: (asked.append(a[1]), real(*a)))
+    config = LoraNullConfig(r=4)
+    lora_null.initialize_streaming(tmp_path / "model", batches(), config, tmp_path / "a", progress=False)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    groups, numbers = [[]], []
+    for entry in asked:
+        if isinstance(entry, bytes):
+            groups[-1].append(entry)
+        else:
+            numbers.append(entry)
+            groups.append([])
+    of_layer = [sorted(w.numpy().tobytes() for n, w in weights.items() if f".layers.{i}." in n) for i in range(3)]
+    assert numbers == [0, 1, 2] and [sorted(group) for group in groups] == [of_layer[1], of_layer[2], [], []]
 
 
 def test_texts_are_tokenised_with_the_models_own_tokenizer(folder):
