@@ -69,7 +69,8 @@ release: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt build
 	$(BIN)/python tests/support/release.py
 
-# Both on other versions of Python, where they are on this machine, and of torch.
+# Both on other versions of Python, where they are on this machine, and of torch (TORCHES="2.11.0 2.13.0", as in CI; where
+# an index has only CUDA builds of a version, that fetches gigabytes).
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 TORCHES ?= 2.13.0
 test-matrix: $(VENV)/.installed

@@ -15,6 +15,7 @@ from ..system.environment import switched_on
 from ..system.version import __version__
 from . import commands, judging, starting
 from .options import AsJson, Device, Rank, with_flags
+from .run_file import said_in_file
 
 # What a user can cause and mend. Anything else is a defect of this package and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
@@ -141,7 +142,7 @@ def main() -> None:
         sys.exit(1)
     except UsageError as error:
         # click's message, which can run over lines, without its block of usage
-        text = " ".join(error.format_message().split())
+        text = " ".join(error.format_message().split()) + said_in_file(error)
         command = error.ctx.command_path if error.ctx else app.info.name
         _refuse(f"{text.rstrip('.')}{'' if text.endswith('?') else '.'} See {command} --help.")
     except USER_ERRORS as error:

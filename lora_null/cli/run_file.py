@@ -40,6 +40,17 @@ def read_options(context: typer.Context, path: Path | None) -> None:
     context.default_map = {**(context.default_map or {}), **defaults}
 
 
+def said_in_file(error: Any) -> str:
+    """Return what the file says of the parameter that a parser's error is about, if it was said there."""
+    context, parameter = error.ctx, getattr(error, "param", None)
+    if parameter is None or context is None:
+        return ""
+    source = context.get_parameter_source(parameter.name)
+    if source is None or source.name != "DEFAULT_MAP":
+        return ""
+    return f", where the file of --config says {parameter.name}: {context.default_map[parameter.name]}"
+
+
 RunFile = Annotated[
     Path | None,
     typer.Option("--config", callback=read_options, is_eager=True, help="YAML file of options; flags win."),

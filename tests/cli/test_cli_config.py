@@ -86,7 +86,10 @@ def test_what_it_cannot_say_is_refused_in_one_sentence(calibrated_folder, run, t
     code, _, err = run(*init[:-1], folder / "none.yaml")
     assert code == 2 and "none.yaml: no such file; expected a YAML file" in err
     code, _, err = run(*init[:-1], written(folder, "r: many"))
-    assert code == 2 and "Invalid value for '--r'" in err
+    assert code == 2 and "Invalid value for '--r'" in err and "where the file of --config says r: many" in err
+    assert len(err.splitlines()) == 1
+    code, _, err = run(*init, "--r", "few")
+    assert code == 2 and "Invalid value for '--r'" in err and "the file" not in err
 
 
 @pytest.mark.parametrize(
