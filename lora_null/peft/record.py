@@ -22,7 +22,7 @@ from ..models.wrappers import STATE
 from ..system.tensors import opened
 from .basis import drop_coefficients, learn_alike, learns_within
 from .complete import require_complete, samples_of
-from .layers import lora_layers, scaled_layers
+from .layers import holds_linear, lora_layers, lora_modules, scaled_layers
 from .recipe import recipe_of, scale_B, with_recipe
 from .shifted import (
     base_handed_out,
@@ -196,7 +196,7 @@ class SavePretrained:
                     state = states[name]
                     states[name] = None if state is None else replace(state, stacked=stacked)
             for name in folders:
-                if name not in shifted and states[name] is not None:
+                if name not in shifted and any(holds_linear(layer, name) for _, layer in lora_modules(self.model)):
                     # What was set on the layers, by hand or by hot-swapping, is in PEFT's configuration nowhere.
                     recipe = recipe_of(self.model, name, LoraNullConfig())
                     patterns = {"alpha_pattern": recipe.alpha_pattern or {}, "rank_pattern": recipe.rank_pattern or {}}
