@@ -176,7 +176,15 @@ def _moved(base: Any, merged: Any, name: str, change: Tensor) -> tuple[float, fl
 
 def table(entries: Sequence[dict]) -> str:
     """Return a row for the model before, full and quantised, and for each method at each rate beside and merged."""
-    head = ["rate", "seeds", "bits a weight", "codes changed", "update lost", "task loss", "facts, reworded: accuracy"]
+    head = [
+        "rate",
+        "seeds",
+        "bits a weight",
+        "codes changed",
+        "error of merging",
+        "task loss",
+        "facts, reworded: accuracy",
+    ]
     rows = [("", *head, "log-likelihood", "KL from the model before, on its own text")]
     before = next(e for e in entries if e["method"] == BEFORE)
     stored = before["nbits"] + 32 / before["group_size"]
@@ -201,9 +209,9 @@ def table(entries: Sequence[dict]) -> str:
         f"{before['group_size']}, scales and zero points in fp16; {before['task']}, rank {sizes['r']} or as many as "
         f"there are directions, {sizes['steps']} steps of {sizes['batch_size']} at a constant rate after warm-up, bf16 "
         f"autocast; {sizes['items']} facts, {sizes['tasks']} held-out examples of the task, {sizes['documents']} texts "
-        f"of {sizes['document_tokens']} tokens; in square brackets 95 % intervals over these, seeds averaged. Update "
-        "lost: length of what the merged weights are off from base plus adapter, over that of the adapter, median of "
-        f"the layers. {where['device']}, torch {where['torch']}.*"
+        f"of {sizes['document_tokens']} tokens; in square brackets 95 % intervals over these, seeds averaged. Error "
+        "of merging: length of what the merged weights are off from base plus adapter, over the adapter's, median "
+        f"of the layers. {where['device']}, torch {where['torch']}.*"
     )
 
 
