@@ -92,7 +92,7 @@ class Accumulator:
 
     def add(self, key: str, rows: Tensor, selection: Selection, batch: int) -> None:
         """Add those of the rows ``(T, d)``, of any floating dtype, that count; ``batch`` is for errors."""
-        mask, index = (None, None) if selection.mask is None else selection.on(rows.device)
+        index = None if selection.mask is None else selection.on(rows.device)[1]
         count = rows.shape[0] if index is None else index.numel()
         if count == 0:
             return
@@ -100,7 +100,9 @@ class Accumulator:
         entry.tokens += count
         capacity = self.placement.queue_tokens
         if not self.placement.queue or 2 * rows.shape[0] >= capacity:
-            self._update(entry, rows.to(device), None if mask is None else mask.to(device), ((batch, -1, -1),))
+            # Compacted: a launch without a mask reads whole tiles ahead (TMA), and padding costs no products.
+            rows = rows if index is None else rows.index_select(0, index)
+            self._update(entry, rows.to(device), ((batch, -1, -1),))
             return
         if entry.queue is None or entry.queue.dtype != rows.dtype:
             self._flush(entry)
@@ -122,7 +124,7 @@ class Accumulator:
         rows, entry, device = self._entry(key, rows)
         entry.tokens += len(rows)
         if len(rows):
-            self._update(entry, rows.to(device), None, ((batch, -1, -1),))
+            self._update(entry, rows.to(device), ((batch, -1, -1),))
 
     def flush(self) -> None:
         """Empty every queue, and check the sums."""
@@ -164,18 +166,18 @@ class Accumulator:
 
     def _flush(self, entry: Sum) -> None:
         if entry.queue is not None and entry.queued:
-            self._update(entry, entry.queue[: entry.queued], None, entry.origins)
+            self._update(entry, entry.queue[: entry.queued], entry.origins)
             entry.queued, entry.origins = 0, ()
 
-    def _update(self, entry: Sum, rows: Tensor, mask: Tensor | None, origins: tuple[Origin, ...]) -> None:
+    def _update(self, entry: Sum, rows: Tensor, origins: tuple[Origin, ...]) -> None:
         matrix = entry.matrix
         if matrix.dtype == torch.float32 and rows.dtype == torch.float64:
             rows = rows.float()
         if matrix.device == rows.device:
-            covariance_update(matrix, rows, mask=mask)
+            covariance_update(matrix, rows)
         else:
             part = self._product_buffer(rows.device, matrix)
-            covariance_update(part, rows, mask=mask)
+            covariance_update(part, rows)
             matrix.add_(part.to(matrix.device))
         self._traces.append((entry, origins, matrix.diagonal().sum()))
 
