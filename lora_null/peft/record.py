@@ -78,6 +78,8 @@ def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
     if isinstance(peft_model, PeftModel):
         if is_shifted(peft_model):
             keep_apart(peft_model)
+            if not isinstance(peft_model.__dict__.get("create_or_update_model_card"), ModelCard):
+                peft_model.create_or_update_model_card = ModelCard(peft_model)
         if not isinstance(peft_model.__dict__.get("add_adapter"), AddAdapter):
             peft_model.add_adapter = AddAdapter(peft_model)
     # Without these a model has no way to save adapters: save_pretrained, if any, writes all its weights as they are.
@@ -96,8 +98,8 @@ def handed_out(peft_model: Any, state_dict: dict[str, Any], prefix: str, local_m
     the others who ask want the factors as they are; so it is known by its call.
 
     Raises:
-        ValueError: It is asked for by what would write or put factors as they are: PEFT's own ``save_pretrained``,
-            past that of the model, or a hot swap into a shifted base or free directions.
+        ValueError: It is asked for by a hot swap, which would put factors as they are, into a shifted base or free
+            directions.
     """
     if (swap := called_by(hotswap_adapter_from_state_dict)) is not None:
         _require_plain(peft_model, swap.f_locals["adapter_name"])
@@ -106,11 +108,6 @@ def handed_out(peft_model: Any, state_dict: dict[str, Any], prefix: str, local_m
         return
     adapter_name = frame.f_locals["adapter_name"]
     if counts_on_shift(peft_model, adapter_name):
-        if frame.f_back.f_code is PeftModel.save_pretrained.__code__:
-            raise ValueError(
-                "PeftModel.save_pretrained was called on the class, past that of this model, which alone can write the "
-                f"adapter {adapter_name!r} for the untouched base (train='ab'). Call model.save_pretrained(folder)."
-            )
         for_untouched_base(peft_model, adapter_name, state_dict)
     drop_coefficients(state_dict, adapter_name)
 
@@ -219,6 +216,29 @@ class SavePretrained:
             names = options.get("selected_adapters") or list(self.model.peft_config)
             return {name: folder if name == "default" else folder / name for name in names}
         return {self.model.active_adapters()[0]: folder}
+
+
+class ModelCard:
+    """``create_or_update_model_card`` of one ``PeftModel`` with a shifted base: the first that PEFT's saving calls.
+
+    So it sees who calls ``PeftModel.save_pretrained`` on the class, which would write factors as they are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, output_dir: str) -> None:
+        """Write the card; ValueError past the model's own ``save_pretrained``, with nothing written."""
+        saving = called_by(PeftModel.save_pretrained)
+        if saving is not None and called_by(SavePretrained.__call__) is None:
+            for name in saving.f_locals["selected_adapters"]:
+                if counts_on_shift(self.model, name):
+                    raise ValueError(
+                        "PeftModel.save_pretrained was called on the class, past that of this model, which alone can "
+                        f"write the adapter {name!r} for the untouched base (train='ab'). Call "
+                        "model.save_pretrained(folder)."
+                    )
+        type(self.model).create_or_update_model_card(self.model, output_dir)
 
 
 class AddAdapter:

@@ -255,6 +255,8 @@ class TestFactorsAsTheyAre:
             model = learn(start(train))
             PeftModel.save_pretrained(model, str(tmp_path / train))
             assert same(logits(PeftModel.from_pretrained(llama(), str(tmp_path / train))), logits(model))
-        with pytest.raises(ValueError, match=r"Call model\.save_pretrained"):
-            PeftModel.save_pretrained(learn(start()), str(tmp_path / "ab"))
-        assert not (tmp_path / "ab" / "adapter_config.json").exists()
+        model = learn(start())
+        for options in ({}, {"state_dict": model.state_dict()}):
+            with pytest.raises(ValueError, match=r"Call model\.save_pretrained"):
+                PeftModel.save_pretrained(model, str(tmp_path / "ab"), **options)
+            assert not any((tmp_path / "ab").iterdir())
