@@ -265,22 +265,31 @@ def test_a_scaling_set_by_hand_is_refused_by_the_state_dict_of_such_a_layer():
         nn.Sequential(layer).state_dict()
 
 
-def test_a_merged_torchao_model_is_served_by_transformers(llama, tokenizer, token_batches, tmp_path, run):
+def loaded(folder, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options).eval()
+
+
+def torchao_base(llama, tokenizer, path):
+    """Return a model that transformers has quantised, after saving it as ``base``."""
     quantization = pytest.importorskip("torchao.quantization")
-    from transformers import AutoModelForCausalLM, TorchAoConfig
+    from transformers import TorchAoConfig
 
-    def loaded(folder, **options):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options).eval()
-
-    llama().save_pretrained(tmp_path / "full")
+    llama().save_pretrained(path / "full")
     kind = quantization.IntxWeightOnlyConfig(
         weight_dtype=torch.int4,
         granularity=quantization.granularity.PerGroup(8),
         mapping_type=quantization.MappingType.ASYMMETRIC,
     )
-    model = loaded(tmp_path / "full", quantization_config=TorchAoConfig(kind))
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    model = loaded(path / "full", quantization_config=TorchAoConfig(kind))
+    model.save_pretrained(path / "base")
+    tokenizer.save_pretrained(path / "base")
+    return model
+
+
+def test_a_merged_torchao_model_is_served_by_transformers(llama, tokenizer, token_batches, tmp_path, run):
+    model = torchao_base(llama, tokenizer, tmp_path)
     covariances = lora_null.calibrate(model, token_batches(), progress=False)
     config = LoraNullConfig(r=3, train="b_in_basis", energy=0, group_pooling="auto")
     want = learn(lora_null.initialize(model, covariances, config, progress=False))(ids()).logits
@@ -292,6 +301,36 @@ def test_a_merged_torchao_model_is_served_by_transformers(llama, tokenizer, toke
     assert all(torch.equal(codes(merged.get_submodule(name)), kept) for name, kept in before.items())
     torch.testing.assert_close(merged(ids()).logits, want, rtol=1e-4, atol=1e-5)
     assert (want - loaded(tmp_path / "base")(ids()).logits).norm() > 1e-2 * want.norm()
+
+
+def test_peft_qa_lora_of_others_goes_into_zero_points_by_the_command_line(llama, tokenizer, tmp_path, run):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    base = torchao_base(llama, tokenizer, tmp_path)
+    # PEFT puts it on GPTQ layers only, so its own forward is called on the factors that it would save.
+    torch.manual_seed(0)
+    other = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    config = other.peft_config["default"]
+    config.use_qalora, config.qalora_group_size = True, 8
+    for name, layer in other.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            QALoraLinearVariant.init(layer, "default", config)
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+            base.get_submodule(name).register_forward_hook(
+                lambda _, args, y, layer=layer: QALoraLinearVariant.forward(layer, "default", args[0], y)
+            )
+    other.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        want = base(ids()).logits
+    code, _, error = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert code == 0, error
+    merged, before = loaded(tmp_path / "merged"), loaded(tmp_path / "base")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids()).logits, want, rtol=1e-3, atol=1e-4)
+        assert (want - before(ids()).logits).norm() > 1e-2 * want.norm()
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        assert torch.equal(codes(merged.get_submodule(name)), codes(before.get_submodule(name)))
 
 
 def test_a_merged_hqq_model_is_served_by_hqq(llama, token_batches, tmp_path):
