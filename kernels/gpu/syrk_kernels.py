@@ -1,7 +1,8 @@
 """The Triton kernels of ``C += X^T X`` on one triangle. Importing this module imports Triton.
 
-A tile row of C is BLOCK_M high, a tile BLOCK_N wide, and BLOCK_M a multiple of BLOCK_N. Row i needs the tiles
-0 .. (i + 1) BLOCK_M / BLOCK_N - 1; the grid is exactly these, no program starts above the diagonal.
+A tile of C is BLOCK_M high and BLOCK_N wide, and the longer side a multiple of the shorter one. The triangle is
+covered by squares of the longer side, row i by i + 1 of them, each of which holds its tiles side by side or one below
+the other; the grid is exactly these, no square lies above the diagonal.
 """
 
 import triton
@@ -19,23 +20,30 @@ def triangle(index):
 
 
 @triton.jit
-def triangle_tile(index, n, GROUP: tl.constexpr, RATIO: tl.constexpr):
-    """Return tile row and tile column of program ``index``; n tile rows, RATIO tiles to each square.
+def triangle_tile(index, d, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the first row and the first column of tile ``index`` of the triangle of a ``(d, d)`` matrix.
 
-    Squares are taken in bands of GROUP tile rows, down the columns of a band: programs that run together then
+    Squares are taken in bands of GROUP rows of them, down the columns of a band: programs that run together then
     share GROUP left and few right operands in L2. A band is a rectangle and a small triangle at its end, and
     all squares before it number exactly ``band (band + 1) / 2``.
     """
-    square = index // RATIO
+    SIDE: tl.constexpr = max(BLOCK_M, BLOCK_N)
+    TILES: tl.constexpr = SIDE // min(BLOCK_M, BLOCK_N)
+    square = index // TILES
+    part = index % TILES
     row, _ = triangle(square)
     band = row // GROUP * GROUP
-    height = tl.minimum(n - band, GROUP)
+    height = tl.minimum(tl.cdiv(d, SIDE) - band, GROUP)
     within = square - band * (band + 1) // 2
     corner_row, corner_column = triangle(tl.maximum(within - height * band, 0))
     in_corner = within >= height * band
-    i = band + tl.where(in_corner, corner_row, within % height)
-    j = tl.where(in_corner, band + corner_column, within // height)
-    return i, j * RATIO + index % RATIO
+    m0 = (band + tl.where(in_corner, corner_row, within % height)) * SIDE
+    n0 = tl.where(in_corner, band + corner_column, within // height) * SIDE
+    if BLOCK_M < BLOCK_N:
+        m0 += part * BLOCK_M
+    else:
+        n0 += part * BLOCK_N
+    return m0, n0
 
 
 @triton.jit
@@ -74,9 +82,7 @@ def syrk_kernel(
     """
     index = tl.program_id(0)
     split = tl.program_id(1)
-    i, j = triangle_tile(index, tl.cdiv(d, BLOCK_M), GROUP, BLOCK_M // BLOCK_N)
-    m0 = i * BLOCK_M
-    n0 = j * BLOCK_N
+    m0, n0 = triangle_tile(index, d, GROUP, BLOCK_M, BLOCK_N)
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
     columns = n0 + tl.arange(0, BLOCK_N)[None, :]
     chunk = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
@@ -120,9 +126,7 @@ def syrk_tma_kernel(
     for work in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
         index = work % tiles
         split = work // tiles
-        i, j = triangle_tile(index, tl.cdiv(d, BLOCK_M), GROUP, BLOCK_M // BLOCK_N)
-        m0 = i * BLOCK_M
-        n0 = j * BLOCK_N
+        m0, n0 = triangle_tile(index, d, GROUP, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start in range(split * chunk, tl.minimum((split + 1) * chunk, T), BLOCK_T):
             left = left_desc.load([start, m0])
@@ -139,11 +143,9 @@ def syrk_reduce_kernel(
 ):  # fmt: skip
     """Second stage: add the slices of part in their order, then their sum to C, ROWS rows of a tile a program."""
     index = tl.program_id(0)
-    i, j = triangle_tile(index, tl.cdiv(d, BLOCK_M), GROUP, BLOCK_M // BLOCK_N)
+    m0, n0 = triangle_tile(index, d, GROUP, BLOCK_M, BLOCK_N)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK_N)[None, :]
-    m0 = i * BLOCK_M
-    n0 = j * BLOCK_N
     inside = (m0 + rows < d) & (n0 + columns < d)
     ptrs = c_ptr + m0.to(tl.int64) * stride_c + n0 + (rows * stride_c + columns)
     total = tl.zeros((ROWS, BLOCK_N), dtype=c_ptr.dtype.element_ty)

@@ -67,7 +67,7 @@ def candidates(kernel: str, dtype: torch.dtype, arch: str, size: int) -> Iterato
             common = {**way, "GROUP": 8, "num_warps": warps, "num_stages": stages}
             if kernel == "linear":
                 yield {**common, "BLOCK_T": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": min(k, 64)}
-            elif m % n == 0:
+            else:
                 yield {**common, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_T": k, "ATOMIC": tma, "SLICE_STEPS": 6}
         return
     # a block wider than the rank is cut to it: the same launch again

@@ -19,8 +19,10 @@ from .reference import covariance_update_reference, full_precision
 __all__ = ["covariance_update", "symmetrize_"]
 
 # Halving stops here. On 2 CPU cores (fp32, d = T = 4096) leaves of 128 to 384 run at 1.79x to 1.81x the full
-# product, 512 at 1.70x (more wasted above the diagonal); a GPU needs larger products to fill its cores.
-_LEAF = {"cpu": 256, "cuda": 1024}
+# product, 512 at 1.70x (more wasted above the diagonal). A GPU needs larger products to fill its cores: one of 2048 by
+# 2048 is 128 tiles of 128 x 256, as many as an H100 works on at a time, so that d = 4096 takes 3 rounds and the full
+# product 4; leaves of 1024, each a round of 32 tiles, would take 7. By arithmetic; not measured.
+_LEAF = {"cpu": 256, "cuda": 2048}
 # Side of the blocks that :func:`symmetrize_` transposes. On the CPU they stay in the cache (d = 4096: 18 ms of one
 # core, against 71 ms in strips of 1024 rows); on a GPU the number of launches counts.
 _MIRROR = {"cpu": 256}

@@ -17,8 +17,12 @@ SMALL = {"ATOMIC": False, "GROUP": 2, "SLICE_STEPS": 1, "num_warps": 4, "num_sta
 VARIANTS = {
     "square": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL},
     "tall": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL},
+    "wide": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_T": 16, **SMALL},
     "tma": {
         "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": 16, **SMALL, "TMA": True, "OCCUPANCY": 1, "ATOMIC": True,
+    },
+    "wide tma": {
+        "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_T": 16, **SMALL, "TMA": True, "OCCUPANCY": 1, "ATOMIC": True,
     },
 }  # fmt: skip
 
@@ -46,7 +50,7 @@ def check(C, start, x):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T, d", [(1, 1), (63, 100), (130, 72), (17, 160)], ids=lambda n: str(n))
-@pytest.mark.parametrize("variant", ["square", "tall"])
+@pytest.mark.parametrize("variant", ["square", "tall", "wide"])
 @pytest.mark.parametrize("multiprocessors", [1, 40], ids=["whole", "split"])
 def test_update(monkeypatch, variant, multiprocessors, T, d, dtype):
     use(monkeypatch, variant, multiprocessors)
@@ -60,11 +64,12 @@ def test_update(monkeypatch, variant, multiprocessors, T, d, dtype):
 
 
 @pytest.mark.parametrize("T, d", [(63, 104), (130, 72)], ids=lambda n: str(n))
+@pytest.mark.parametrize("variant", ["tma", "wide tma"])
 @pytest.mark.parametrize("multiprocessors", [3, 40], ids=["whole", "split"])
-def test_update_through_descriptors(monkeypatch, multiprocessors, T, d):
+def test_update_through_descriptors(monkeypatch, variant, multiprocessors, T, d):
     if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no TMA")
-    use(monkeypatch, "tma", multiprocessors)
+    use(monkeypatch, variant, multiprocessors)
     x, start = draw(T, d, torch.float16), draw(d, d, torch.float32, 1)
     C = start.clone()
     syrk.covariance_update(C, x)
@@ -116,17 +121,21 @@ def test_fp64_is_flushed_in_pieces(monkeypatch):
 
 
 @triton.jit
-def write_tile_index(out_ptr, n, GROUP: tl.constexpr, RATIO: tl.constexpr):
-    i, j = triangle_tile(tl.program_id(0), n, GROUP, RATIO)
-    tl.store(out_ptr + tl.program_id(0) * 2, i)
-    tl.store(out_ptr + tl.program_id(0) * 2 + 1, j)
+def write_tile(out_ptr, d, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    m0, n0 = triangle_tile(tl.program_id(0), d, GROUP, BLOCK_M, BLOCK_N)
+    tl.store(out_ptr + tl.program_id(0) * 2, m0)
+    tl.store(out_ptr + tl.program_id(0) * 2 + 1, n0)
 
 
-@pytest.mark.parametrize("GROUP, RATIO", [(1, 1), (3, 1), (8, 2)])
-def test_tiles_cover_the_triangle_exactly_once(GROUP, RATIO):
-    for n in (1, 2, 7, 12):
-        tiles = n * (n + 1) // 2 * RATIO
+@pytest.mark.parametrize("GROUP, m, n", [(1, 16, 16), (3, 16, 16), (8, 32, 16), (8, 16, 32), (2, 16, 64)])
+def test_tiles_cover_the_triangle_exactly_once(GROUP, m, n):
+    side = max(m, n)
+    for d in (1, side, side + 1, 7 * side, 12 * side - 3):
+        squares = -(-d // side)
+        tiles = squares * (squares + 1) // 2 * (side // min(m, n))
         out = torch.full((tiles, 2), -1, dtype=torch.int32, device=DEVICE)
-        write_tile_index[(tiles,)](out, n, GROUP=GROUP, RATIO=RATIO)
-        expected = {(i, j) for i in range(n) for j in range((i + 1) * RATIO)}
-        assert sorted(map(tuple, out.tolist())) == sorted(expected)
+        write_tile[(tiles,)](out, d, GROUP=GROUP, BLOCK_M=m, BLOCK_N=n)
+        covered = torch.zeros(squares * side, squares * side, dtype=torch.int32)
+        for m0, n0 in out.tolist():
+            covered[m0 : m0 + m, n0 : n0 + n] += 1
+        assert covered.max() == 1 and bool((covered.tril() == torch.ones_like(covered).tril()).all())

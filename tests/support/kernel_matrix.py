@@ -91,9 +91,9 @@ def file_of(version: str) -> Path:
     return RESULTS / f"kernels-triton-{version}.jsonl"
 
 
-def sources() -> str:
-    """Return a digest of the kernels: results of other ones are made again."""
-    files = sorted([*config.FOLDER.parent.glob("*_kernels.py"), config.FOLDER.parent / "tiles.py"])
+def sources(module: str) -> str:
+    """Return a digest of a file of kernels and what it imports: results of other ones are made again."""
+    files = (config.FOLDER.parent / f"{module}.py", config.FOLDER.parent / "tiles.py")
     return digest_of(b"".join(path.read_bytes() for path in files))
 
 
@@ -106,16 +106,17 @@ def compile_all(archs: tuple[str, ...], tried: bool) -> int:
     """Compile what is not known yet; return how many rows are wrong."""
     import triton
 
-    path, digest = file_of(triton.__version__), sources()
+    path, digests = file_of(triton.__version__), {sources("syrk_kernels"), sources("lora_kernels")}
     lines = path.read_text().splitlines() if path.exists() else []
-    known = {row["key"]: row for row in map(json.loads, lines) if row["sources"] == digest}
+    known = {row["key"]: row for row in map(json.loads, lines) if row["sources"] in digests}
     path.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
     wrong, met = 0, set()
     for arch in archs:
         for kernel, size, dropout, entry in cases(arch, tried):
             for launch in launches(arch, kernel, size, dropout, entry):
                 key = digest_of(f"{arch} {launch.key()}".encode())
-                if key not in known:
+                digest = sources(launch.kernel.fn.__module__.rpartition(".")[2])
+                if key not in known or known[key]["sources"] != digest:
                     row = {"arch": arch, "kernel": launch.kernel.fn.__name__, "size": size, "dropout": dropout,
                            "tried": bool(entry), "options": launch.options, "sources": digest, "key": key}  # fmt: skip
                     try:
