@@ -26,6 +26,7 @@ from .options import (
     parse_names,
     parse_targets,
 )
+from .processes import joined
 from .reading import Text, parse_weights
 
 
@@ -64,6 +65,7 @@ def calibrate(
     from ..calibration.texts import labelled
     from ..models.loading import load_tokenizer, load_weights
     from ..models.parts import is_encoder_decoder
+    from ..system.distributed import in_first_process
     from .output import covariance_facts, print_result
 
     text = Text(data or (), generate, weights, field, roles, max_tokens, sequence_length, batch_size, mask)
@@ -92,8 +94,11 @@ def calibrate(
         found = estimate(loaded, batches, config, checked)
         print_result(str(found), asdict(found), as_json=json)
         return
-    covariances = run(loaded, batches, config, **options, progress=progress)
-    covariances.save(output, overwrite=overwrite)
+    with joined() as first:
+        covariances = run(loaded, batches, config, **options, progress=progress)
+        in_first_process(lambda: covariances.save(output, overwrite=overwrite))
+    if not first:
+        return
     said = f"{output}: {covariances!r}, from {' and '.join(text.sources)}"
     if generate is None:
         said += ". What is in no text is not protected: --generate 16384 adds text that the model writes."

@@ -119,7 +119,10 @@ def init(
             return
     else:
         options: dict[str, Any] = {"method": method.value, "verify_base": verify_base, "progress": progress}
-        _from_file(model, file, folder, config, loading, loaded_task, overwrite, options)
+        with joined() as first:
+            _from_file(model, file, folder, config, loading, loaded_task, overwrite, options)
+        if not first:
+            return
     said = (
         f"{folder}: initial adapter. Train it with lora_null.load_adapter(model, path, is_trainable=True) or "
         "lora_null.peft.load_trainable(model, path)"
@@ -157,13 +160,14 @@ def _from_file(
     from ..adapters.save import save_adapter
     from ..covariances.covariances import Covariances
     from ..models.loading import load_model
+    from ..system.distributed import in_first_process
 
     assert covariances is not None
     check_target(output, overwrite)
     loaded_covariances = Covariances.load(covariances)
     loaded, _ = load_model(model, loading)
     initialize(loaded, loaded_covariances, config, task=task, **options)
-    save_adapter(loaded, output, overwrite=overwrite)
+    in_first_process(lambda: save_adapter(loaded, output, overwrite=overwrite))
 
 
 def _one_pass(

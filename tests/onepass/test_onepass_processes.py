@@ -165,9 +165,9 @@ def test_the_command_under_torchrun(folder):
     command += ["--no-python", "--", str(Path(sys.executable).with_name("lora-null"))]
     init = ["init", "model", "out", "--data", "text.txt", "--r", "4", "--batch-size", "4", "--train", "b", "--json"]
 
-    def torchrun(*more):
+    def torchrun(*more, words=init):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        words = [*command, *init, *more]
+        words = [*command, *words, *more]
         return subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
 
     done = torchrun()
@@ -177,6 +177,19 @@ def test_the_command_under_torchrun(folder):
     again = torchrun()
     assert again.returncode != 0 and again.stderr.count("error: out exists already") == 1
     assert "OtherProcessFailed" not in again.stderr
+    # in two steps, too, tokens and solves are divided and the first process writes
+    summed = torchrun(
+        words=["calibrate", "model", "--data", "text.txt", "--batch-size", "4", "--output", "c", "--json"]
+    )
+    assert summed.returncode == 0, summed.stderr[-3000:]
+    assert json.loads(summed.stdout)["output"] == "c"
+    started = torchrun(words=["init", "model", "c", "two_steps", "--r", "4", "--train", "b", "--json"])
+    assert started.returncode == 0, started.stderr[-3000:]
+    assert json.loads(started.stdout)["output"] == "two_steps"
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in ("out", "two_steps"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
 
 
 if __name__ == "__main__":
