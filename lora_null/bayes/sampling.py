@@ -64,6 +64,10 @@ def linearised(layers: Mapping[str, AdaptedLayer], deviations: Mapping[str, Mapp
         deviations: Of the same names: ``(r, d)`` for lora_A, ``(m, r)`` for lora_B.
     """
     with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            # There torch would drop all tangents without a word.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
         # The fused attentions have no forward-mode derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -93,6 +97,11 @@ def _set_forward(module: Any, forward: Any) -> None:
 
 
 def _with_tangent(layer: AdaptedLayer, forward: Any, parts: Mapping[str, Tensor], x: Tensor, *args: Any) -> Tensor:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "The model runs in torch.inference_mode() inside of linearised, where torch drops tangents, so that the "
+            "logits would be those of the mean. Expected torch.no_grad() there."
+        )
     x, moved = forward_ad.unpack_dual(x)
     y, A, B = forward(x, *args), layer.factor("lora_A"), layer.factor("lora_B")
     wide = x.to(A.dtype)

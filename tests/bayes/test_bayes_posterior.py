@@ -113,6 +113,21 @@ def test_the_linearised_model_has_the_slope_of_the_samples(kind, factors, llama,
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_inference_mode_drops_no_tangent(llama):
+    model, ids = with_peft(llama()), labelled_batches()[0]["input_ids"]
+    posterior = wide(model)
+    want = posterior.predict(model, ids, samples=2, linearised=True)
+    with torch.inference_mode():
+        assert torch.equal(posterior.predict(model, ids, samples=2, linearised=True), want)
+    assert not want.requires_grad
+    with (
+        posterior.linearised(model),
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"Expected torch\.no_grad"),
+    ):
+        model(ids)
+
+
 def test_samples_of_one_matrix_are_linear_already():
     model = SoftmaxRegression()
     attach_adapter(model.linear, torch.randn(2, 5).double(), torch.randn(4, 2).double())
