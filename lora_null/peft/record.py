@@ -31,7 +31,7 @@ from .shifted import (
     initial_of,
     is_shifted,
     keep_apart,
-    leave_shift,
+    require_unreading,
     start_beside,
 )
 from .untouched import for_untouched_base, note_scaling, other_start, require_own_shifts, take_apart
@@ -250,10 +250,14 @@ class AddAdapter:
     def __init__(self, model: Any) -> None:
         self.model, self.original = model, model.add_adapter
 
-    def __call__(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add, as PEFT does."""
-        self.original(adapter_name, *args, **kwargs)
-        start_beside(self.model, adapter_name)
+    def __call__(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Add, as PEFT does; ValueError if the adapter reads or moves base weights that are shifted."""
+        if is_shifted(self.model):
+            require_unreading(adapter_name, peft_config)
+        self.original(adapter_name, peft_config, *args, **kwargs)
+        # One that is loaded is of the untouched base.
+        if called_by(PeftModel.load_adapter) is None:
+            start_beside(self.model, adapter_name)
         config = self.model.peft_config[adapter_name]
         for other in [name for name, known in self.model.peft_config.items() if known is config]:
             learn_alike(self.model, adapter_name, other)
@@ -285,8 +289,6 @@ class LoadAdapter:
         if not new:
             self._require_own(folder, adapter_name)
         result = self.original(model_id, adapter_name, *args, **kwargs)
-        if new:
-            leave_shift(self.model, adapter_name)
         if saved is not None:
             recipe = with_recipe(LoraNullConfig(), saved)
             for name, layer in scaled_layers(self.model, adapter_name).items():

@@ -11,6 +11,7 @@ from peft import LoraModel, PeftModel, get_base_model_state_dict
 from torch import Tensor, nn
 
 from ..adapters.delta import shift_base, shifted
+from ..adapters.plain import shifting_start
 from ..models.layout import is_transposed
 from .layers import holds_linear, lora_modules
 
@@ -80,10 +81,17 @@ def _agrees(layer: Any, adapter_name: str) -> bool:
     return same and float(layer.scaling[adapter_name]) == initial[2]
 
 
-def leave_shift(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter as one of the untouched base."""
-    for module in model.modules():
-        getattr(module, _STARTED, {}).pop(adapter_name, None)
+def require_unreading(adapter_name: str, peft_config: Any) -> None:
+    """Refuse a new adapter on a shifted base whose layers would take it for the one that they belong to."""
+    start = shifting_start(getattr(peft_config, "init_lora_weights", None))
+    dora, kasa = getattr(peft_config, "use_dora", False), getattr(peft_config, "kasa_config", None)
+    if start or dora or kasa:
+        what = f"init_lora_weights={start!r}" if start else "use_dora" if dora else "kasa_config"
+        raise ValueError(
+            f"The adapter {adapter_name!r} has {what}, by which PEFT computes with the base weights or moves them, but "
+            "those in memory are shifted for another adapter (train='ab'). Expected plain LoRA beside it; use a "
+            "freshly loaded model for this one."
+        )
 
 
 def keep_apart(peft_model: PeftModel) -> None:

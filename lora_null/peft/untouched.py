@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from peft import set_base_model_state_dict
+from peft import set_base_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -146,7 +146,13 @@ def _apart(layer: Any, adapter_name: str, state_dict: dict[str, Any], prefix: st
     whole = f"{prefix}base_layer.weight" in state_dict
     if initial is None or lora_A is None or whole or f"{prefix}lora_B.{adapter_name}.weight" not in state_dict:
         return None
-    return initial if len(lora_A) != len(initial[0]) else None
+    if len(lora_A) != len(initial[0]):
+        return initial
+    # A state dict of the model itself has factors as they are, and so has what PEFT's functions take out of a wrapped
+    # one and put into it again. All else that they are given is for the untouched base.
+    if plain_name(prefix) == prefix and called_by(set_peft_model_state_dict) is not None:
+        raise other_start(f"{prefix}{adapter_name}")
+    return None
 
 
 def note_scaling(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

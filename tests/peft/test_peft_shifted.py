@@ -16,6 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
 
 from lora_null import peft as lora_null_peft
 
@@ -249,6 +250,37 @@ class TestFactorsAsTheyAre:
         with pytest.raises(ValueError, match="started from other factors"):
             model.load_adapter(str(tmp_path), "default")
         assert torch.equal(logits(model), want)
+
+    @pytest.mark.parametrize("name", ["default", "alike"])
+    def test_a_foreign_one_by_its_state_dict(self, start, llama, tmp_path, name):
+        foreign(llama, tmp_path)
+        model = learn(start())
+        model.add_adapter("alike", config())
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"{name} started from other factors"):
+            set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors"), adapter_name=name)
+        after = model.state_dict()
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+    def test_a_foreign_one_past_the_models_own_method(self, start, llama, same, tmp_path):
+        want = foreign(llama, tmp_path)
+        model = learn(start())
+        PeftModel.load_adapter(model, str(tmp_path), "foreign")
+        model.set_adapter("foreign")
+        assert same(logits(model), want)
+
+    @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+    def test_one_that_reads_or_moves_the_base(self, start, llama, tmp_path, options):
+        foreign(llama, tmp_path, **options)
+        model = learn(start())
+        want, keys = logits(model), model.state_dict().keys()
+        for add in (
+            lambda: model.add_adapter("other", config(**options)),
+            lambda: model.load_adapter(str(tmp_path), "other"),
+        ):
+            with pytest.raises(ValueError, match="those in memory are shifted for another adapter"):
+                add()
+            assert torch.equal(logits(model), want) and model.state_dict().keys() == keys
 
     def test_the_class_is_asked_to_save(self, start, llama, same, tmp_path):
         for train in ("b", "b_in_basis"):
