@@ -144,8 +144,8 @@ def extras_of(model: nn.Module, before: Mapping[str, str], modules_to_save: Iter
     if shifted := [name for name, layer in layers.items() if layer.shifted and f"{name}.weight" in changed]:
         raise ValueError(
             f"The weight of {shifted[0]} is another than the one that was shifted when the adapters were attached "
-            "(train='ab'): a state dict of a run that started from other factors was loaded, or it was changed by "
-            "hand. Expected the base that the adapter began on. To go on from another run, use "
+            "(train='ab'): a state dict of a run that started from other factors was loaded, or it was trained or "
+            "changed by hand. Expected the base that the adapter began on. To go on from another run, use "
             "lora_null.load_adapter(base_model, checkpoint, is_trainable=True)."
         )
     changed |= {name for name, tensor in tensors.items() if tensor.requires_grad}

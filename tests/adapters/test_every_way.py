@@ -111,7 +111,9 @@ def test_every_way_gives_the_trained_logits_or_a_refusal(tmp_path, number):
     lora_null.initialize(model, covariances(tied), config, adapter_dtype=case["adapter_dtype"], progress=False, **same)
     learn(model, BY_HAND[case["by_hand"]])
     if case["by_hand"] == "an adapted weight":
-        with pytest.raises(ValueError, match=r"q_proj\.weight requires a gradient or has changed"):
+        # of a base that was shifted the cause may also be another run's state dict
+        words = r"q_proj\.weight requires a gradient or has changed|weight of \S+q_proj is another than"
+        with pytest.raises(ValueError, match=words):
             save(model, case["way"], tmp_path, base(dtype, tied))
         assert not (tmp_path / "adapter").exists()
         return

@@ -56,7 +56,9 @@ def test_every_command_line_is_understood():
     for line in shown("\n".join([README, *PAGES.values()])):
         if line.startswith(foreign):
             continue
-        program, *words = shlex.split(line, comments=True)
+        words = shlex.split(line, comments=True)
+        # several processes of a command: what torchrun starts stands behind its own words
+        program, *words = words[words.index("--") + 1 :] if words[0] == "torchrun" else words
         assert program in ("lora-null", "make", "pip"), line
         if program == "lora-null":
             commands[words[0]].make_context(words[0], words[1:])
