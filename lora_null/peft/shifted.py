@@ -128,7 +128,7 @@ def base_handed_out(base: nn.Module, state_dict: dict[str, Any], prefix: str, lo
 
 
 @torch.no_grad()
-def moved(layer: Any, weight: Tensor, times: int) -> Tensor:
+def moved(layer: Any, weight: Tensor, times: float) -> Tensor:
     """Return a weight as the base layer holds it, plus ``times s B0 A0``."""
     lora_A, lora_B, scaling = _shift_on(layer, weight.device)
     turned = is_transposed(layer.get_base_layer())
@@ -144,9 +144,13 @@ def called_by(function: Any) -> Any:
     return frame
 
 
-def _missing(layer: Any, at_work: list[str]) -> int:
-    """Return how often ``s B0 A0`` lacks for a sum of changes of the untouched weight; -1 if two count on it."""
-    return 1 - sum(name in getattr(layer, _STARTED) and name in layer.lora_A for name in at_work)
+def _missing(layer: Any, at_work: list[str]) -> float:
+    """Return how often ``s B0 A0`` lacks for a sum of changes of the untouched weight; -1 if two count on it.
+
+    An adapter whose scaling was changed is taken by as much of its change, ``s' (B A - B0 A0)``.
+    """
+    started = [name for name in at_work if name in getattr(layer, _STARTED) and name in layer.lora_A]
+    return 1 - sum(float(layer.scaling[name]) / getattr(layer, _SHIFT)[2] for name in started)
 
 
 def _add_back(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -160,7 +164,7 @@ def _add_back(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -
     else:
         rows = [_missing(layer, [name]) for name in names]
         times = torch.tensor(rows, device=x.device).view(-1, *[1] * (x.dim() - 1)) if any(rows) else 0
-    if isinstance(times, int) and times == 0:
+    if not isinstance(times, Tensor) and times == 0:
         return None
     lora_A, lora_B, scaling = _shift_on(layer, x.device)
     dtype = torch.promote_types(x.dtype, torch.float32)

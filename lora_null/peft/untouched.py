@@ -22,9 +22,9 @@ _TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2
 
 
 def is_stacked(layer: Any, adapter_name: str, lora_A: Tensor) -> bool:
-    """Tell whether :func:`change_of` gives the form that training goes on from: rank and ``s`` are the start's."""
+    """Tell whether :func:`change_of` gives the form that training goes on from: the rank is the start's."""
     initial = initial_of(layer, adapter_name)
-    return initial is not None and lora_A.shape == initial[0].shape and float(layer.scaling[adapter_name]) == initial[2]
+    return initial is not None and lora_A.shape == initial[0].shape
 
 
 def change_of(layer: Any, adapter_name: str, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,8 +34,8 @@ def change_of(layer: Any, adapter_name: str, lora_A: Tensor, lora_B: Tensor) -> 
         return stack(lora_A, lora_B, scaling, None)
     if is_stacked(layer, adapter_name, lora_A):
         return stack(lora_A, lora_B, scaling, initial[:2])
-    # Its scaling was changed since: the two have nothing to cancel.
-    own, start = stack(lora_A, lora_B, scaling, None), stack(*initial, None)
+    # Its rank was padded since.
+    own, start = stack(lora_A, lora_B, scaling, None), stack(*initial[:2], scaling, None)
     return torch.cat([own[0], start[0].to(own[0].device)]), torch.cat([own[1], -start[1].to(own[1].device)], dim=1)
 
 

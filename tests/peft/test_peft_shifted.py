@@ -15,6 +15,7 @@ from peft import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
@@ -139,6 +140,25 @@ class TestWithoutTheAdapter:
         with pytest.raises(ValueError, match="to be replaced by another than the shifted one"):
             model.load_state_dict(bare, strict=False)
         assert all(torch.equal(value, whole[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["peft", "transformers"])
+def test_the_scaling_is_that_of_the_change(start, llama, same, tmp_path, wrapped):
+    model = learn(start(wrapped=wrapped))
+    want = logits(model)
+    with rescale_adapter_scale(model, 0.0):
+        assert same(logits(model), bound=1e-6)
+    model.save_pretrained(str(tmp_path / "whole"))
+    plain = PeftModel.from_pretrained(llama(), str(tmp_path / "whole"))
+    with rescale_adapter_scale(model, 0.5), rescale_adapter_scale(plain, 0.5):
+        half = logits(plain)
+        assert same(logits(model), half)
+        model.save_pretrained(str(tmp_path / "half"))
+        assert same(logits(PeftModel.from_pretrained(llama(), str(tmp_path / "half"))), half)
+        assert same(logits(lora_null_peft.load_trainable(llama(), tmp_path / "half")), half)
+        if wrapped:
+            assert same(logits(copy.deepcopy(model).merge_and_unload()), half)
+    assert torch.equal(logits(model), want)
 
 
 class TestOtherAdapters:
