@@ -142,14 +142,26 @@ def _class_for(config: Any) -> Any:
 
 
 def load_tokenizer(model: str, loading: Loading | None = None) -> Any:
-    """Load a tokenizer that pads with its end token where it has no padding token: none is ever added."""
+    """Load a tokenizer that pads with its end token where it has no padding token: none is ever added.
+
+    Raises:
+        OSError: There is none, or no such model.
+    """
     from transformers import AutoTokenizer
 
     # transformers would ask the hub for a folder that does not exist, and report a network error.
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         if not Path(model).expanduser().is_dir():
             raise FileNotFoundError(f"{model} is not a folder; expected a model folder or a Hugging Face model id.")
-    tokenizer = AutoTokenizer.from_pretrained(model, **(loading or Loading()).source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, **(loading or Loading()).source)
+    except (OSError, ValueError) as error:
+        if not Path(model).is_dir() or any(Path(model).glob("*token*")):
+            raise
+        raise FileNotFoundError(
+            f"{model} holds no tokenizer; expected its files, such as tokenizer.json, beside those of the model. Was "
+            "only the model saved? tokenizer.save_pretrained writes them there."
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -56,6 +56,13 @@ def test_missing_and_foreign_files(folder, run):
     assert not (folder / "out").exists()
 
 
+def test_a_model_without_its_tokenizer(folder, run):
+    ignored = shutil.ignore_patterns("*token*")
+    shutil.copytree(folder / "model", folder / "bare", ignore=ignored)
+    err = refused(run, "calibrate", folder / "bare", "--data", folder / "text.txt", match="^error: .*holds no tokenizer")
+    assert len(err.splitlines()) == 1, err
+
+
 def test_existing_output(calibrated_folder, run):
     folder = calibrated_folder
     before = (folder / "cov").read_bytes()
