@@ -86,12 +86,15 @@ def require_unreading(adapter_name: str, peft_config: Any) -> None:
     start = shifting_start(getattr(peft_config, "init_lora_weights", None))
     dora, kasa = getattr(peft_config, "use_dora", False), getattr(peft_config, "kasa_config", None)
     if start or dora or kasa:
-        what = f"init_lora_weights={start!r}" if start else "use_dora" if dora else "kasa_config"
-        raise ValueError(
-            f"The adapter {adapter_name!r} has {what}, by which PEFT computes with the base weights or moves them, but "
-            "those in memory are shifted for another adapter (train='ab'). Expected plain LoRA beside it; use a "
-            "freshly loaded model for this one."
-        )
+        raise _reading(adapter_name, f"init_lora_weights={start!r}" if start else "use_dora" if dora else "kasa_config")
+
+
+def _reading(adapter_name: str, what: str) -> ValueError:
+    return ValueError(
+        f"The adapter {adapter_name!r} has {what}, by which PEFT computes with the base weights or moves them, but those "
+        "in memory are shifted for another adapter (train='ab'). Expected plain LoRA beside it; use a freshly loaded "
+        "model for this one."
+    )
 
 
 def keep_apart(peft_model: PeftModel) -> None:
@@ -157,6 +160,10 @@ def _add_back(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -
     x = args[0] if args else kwargs["x"]
     names = kwargs.get("adapter_names")
     times: Any
+    for name in layer.lora_magnitude_vector:
+        # A model of transformers has taken it, which asks nobody.
+        if name in layer.active_adapters and not layer.disable_adapters:
+            raise _reading(name, "use_dora")
     if layer.disable_adapters:
         times = 1
     elif names is None:

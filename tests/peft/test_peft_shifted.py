@@ -302,6 +302,21 @@ class TestFactorsAsTheyAre:
                 add()
             assert torch.equal(logits(model), want) and model.state_dict().keys() == keys
 
+    @pytest.mark.parametrize("loaded", [False, True], ids=["added", "loaded"])
+    def test_one_that_reads_the_base_of_a_model_of_transformers(self, start, llama, same, tmp_path, loaded):
+        foreign(llama, tmp_path, use_dora=True)
+        model = learn(start(wrapped=False))
+        want = logits(model)
+        if loaded:
+            model.load_adapter(str(tmp_path), "other")
+        else:
+            model.add_adapter(config(use_dora=True), "other")
+        model.set_adapter("other")
+        with pytest.raises(ValueError, match="'other' has use_dora"):
+            logits(model)
+        model.set_adapter("default")
+        assert torch.equal(logits(model), want)
+
     def test_the_class_is_asked_to_save(self, start, llama, same, tmp_path):
         for train in ("b", "b_in_basis"):
             model = learn(start(train))
