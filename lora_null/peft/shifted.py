@@ -91,9 +91,9 @@ def require_unreading(adapter_name: str, peft_config: Any) -> None:
 
 def _reading(adapter_name: str, what: str) -> ValueError:
     return ValueError(
-        f"The adapter {adapter_name!r} has {what}, by which PEFT computes with the base weights or moves them, but those "
-        "in memory are shifted for another adapter (train='ab'). Expected plain LoRA beside it; use a freshly loaded "
-        "model for this one."
+        f"The adapter {adapter_name!r} has {what}, by which PEFT computes with the base weights or moves them, but "
+        "those in memory are shifted for another adapter (train='ab'). Expected plain LoRA beside it; use a freshly "
+        "loaded model for this one."
     )
 
 

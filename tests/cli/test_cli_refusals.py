@@ -59,7 +59,8 @@ def test_missing_and_foreign_files(folder, run):
 def test_a_model_without_its_tokenizer(folder, run):
     ignored = shutil.ignore_patterns("*token*")
     shutil.copytree(folder / "model", folder / "bare", ignore=ignored)
-    err = refused(run, "calibrate", folder / "bare", "--data", folder / "text.txt", match="^error: .*holds no tokenizer")
+    data = folder / "text.txt"
+    err = refused(run, "calibrate", folder / "bare", "--data", data, match="^error: .*holds no tokenizer")
     assert len(err.splitlines()) == 1, err
 
 
