@@ -67,7 +67,8 @@ def _mapping(path: Path) -> Mapping[Any, Any]:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as YAML ({reason}); expected lines such as r: 32.") from None
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected options, in lines such as r: 32.")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ValueError(f"{path} holds {found}; expected options, in lines such as r: 32.")
     return values
 
 

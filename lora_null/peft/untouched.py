@@ -102,7 +102,8 @@ def take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, local_metada
         key_A, key_B, bias = (f"{prefix}{part}.{name}.{kind}" for part, kind in _ENTRIES)
         if key_A not in state_dict or key_B not in state_dict:
             continue
-        factor = local_metadata.get(SAVED_SCALING, {}).get(name, layer.scaling[name]) / layer.scaling[name]
+        scaling = _scaling_of(layer, name)
+        factor = local_metadata.get(SAVED_SCALING, {}).get(name, scaling) / scaling
         for key in (key_B, bias) if factor != 1 else ():
             if key in state_dict:
                 state_dict[key] = factor * state_dict[key]
@@ -110,10 +111,9 @@ def take_apart(layer: Any, state_dict: dict[str, Any], prefix: str, local_metada
         r, rows = len(layer.lora_A[name].weight), len(lora_A)
         if (initial := _apart(layer, name, state_dict, prefix)) is not None:
             lora_A, lora_B = _unshifted(f"{prefix}{name}", lora_A, lora_B, initial)
-            scaling = float(layer.scaling[name])
-            state_dict[key_A], state_dict[key_B] = pad(lora_A, lora_B * (initial[2] / scaling), r)
+            state_dict[key_A], state_dict[key_B] = pad(lora_A, lora_B, r)
             if bias in state_dict:
-                state_dict[bias] = state_dict[bias] / scaling
+                state_dict[bias] = state_dict[bias] / float(layer.scaling[name])
         elif rows > r and not bool(lora_A[r:].any()) and not bool(lora_B[:, r:].any()):
             state_dict[key_A], state_dict[key_B] = lora_A[:r], lora_B[:, :r]
 
@@ -160,7 +160,13 @@ def note_scaling(layer: Any, state_dict: dict[str, Any], prefix: str, local_meta
 
     It is kept where torch keeps versions: no file of safetensors has it, what ``torch.save`` writes does.
     """
-    local_metadata[SAVED_SCALING] = {name: float(scaling) for name, scaling in layer.scaling.items()}
+    local_metadata[SAVED_SCALING] = {name: _scaling_of(layer, name) for name in layer.scaling}
+
+
+def _scaling_of(layer: Any, adapter_name: str) -> float:
+    """Return the scaling that factors belong to: on a shifted base, where it cannot go into ``lora_B``, the start's."""
+    initial = initial_of(layer, adapter_name)
+    return float(layer.scaling[adapter_name]) if initial is None else initial[2]
 
 
 _ENTRIES = (("lora_A", "weight"), ("lora_B", "weight"), ("lora_B", "bias"))

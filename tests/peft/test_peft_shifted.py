@@ -158,7 +158,20 @@ def test_the_scaling_is_that_of_the_change(start, llama, same, tmp_path, wrapped
         assert same(logits(lora_null_peft.load_trainable(llama(), tmp_path / "half")), half)
         if wrapped:
             assert same(logits(copy.deepcopy(model).merge_and_unload()), half)
+        # a state dict has the factors and not what they are scaled by for a while
+        torch.save(model.state_dict(), tmp_path / "state")
+        learn(model, seed=5)
+        model.load_state_dict(torch.load(tmp_path / "state"))
+        assert same(logits(model), half)
     assert torch.equal(logits(model), want)
+    learn(model, seed=5)
+    model.load_state_dict(torch.load(tmp_path / "state"))
+    assert torch.equal(logits(model), want)
+    kept = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    learn(model, seed=5)
+    with rescale_adapter_scale(model, 0.5):
+        set_peft_model_state_dict(model, kept)
+        assert same(logits(model), half)
 
 
 class TestOtherAdapters:
