@@ -72,9 +72,8 @@ def test_what_the_command_works_on_may_stand_in_it_too(folder, run):
         ("no-such-thing-anywhere: 3", "which init does not have. Expected accumulate, alpha_pattern, "),
         ("config: other.yaml", "names 'config', which init does not have"),
         ("- r", "holds a list; expected options, in lines such as r: 32"),
-        ("# r: 4", "holds nothing; expected options, in lines such as r: 32"),
         ("r: [", "cannot be read as YAML"),
-        ("", "holds a NoneType"),
+        ("# r: 4", "holds nothing; expected options, in lines such as r: 32"),
         ("target_modules: [[q_proj]]", r"target_modules holds \['q_proj'\]; expected a number or a word"),
     ],
 )
