@@ -85,7 +85,7 @@ def environment(folder: Path, python: str, torch: str) -> Path:
     """Make an empty environment with one version of torch; return its interpreter."""
     run(python, "-m", "venv", folder)
     inside = folder / "bin" / "python"
-    run(inside, "-m", "pip", "install", "-q", f"torch=={torch}", "setuptools", "wheel", "ninja")
+    run(inside, "-m", "pip", "install", "-q", f"torch=={torch}", "setuptools>=77", "wheel", "ninja")
     return inside
 
 
