@@ -9,6 +9,7 @@ instance ``null-space`` (measured on a CPU) or ``linear-gpu``; ``headline`` or `
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from . import kept, plots, predictions, records, report
@@ -24,6 +25,12 @@ from .retention import fronts, quantised, row
 MARKER = re.compile(r"(<!-- figures:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /figures:(?P=name) -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- figures:([\w-]+) -->")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/*.md", "docs/guides/*.md")
+# Of each study its results, what makes a table of them, and the module that makes them.
+STUDIES: dict[str, tuple[Path, Callable[[list[dict]], str], str]] = {
+    "retention": (retention.RESULTS, fronts.table, "benchmarks.retention"),
+    "row": (row.RESULTS, row.table, "benchmarks.retention.row"),
+    "quantised": (quantised.RESULTS, quantised.table, "benchmarks.retention.quantised"),
+}
 UNMEASURED = "*Not measured: no {device} was at hand. `{command}` measures it and `make figures` puts it here.*"
 
 
@@ -139,23 +146,11 @@ def figure(name: str, entries: list[dict]) -> str:
         return predictions.text()
     if plain == "plots":
         return "\n".join(f"![{path.stem}](results/plots/{path.name})" for path in sorted(plots.FOLDER.glob("*.svg")))
-    if plain == "retention":
-        found = records.read_runs(retention.RESULTS)
-        return fronts.table(found) or UNMEASURED.format(device="result", command="python -m benchmarks.retention")
-    if plain == "row":
-        found = records.read_runs(row.RESULTS)
-        return (
-            row.table(found)
-            if found
-            else UNMEASURED.format(device="result", command="python -m benchmarks.retention.row")
-        )
-    if plain == "quantised":
-        found = records.read_runs(quantised.RESULTS)
-        return (
-            quantised.table(found)
-            if found
-            else UNMEASURED.format(device="result", command="python -m benchmarks.retention.quantised")
-        )
+    if plain in STUDIES:
+        path, table, module = STUDIES[plain]
+        found = records.read_runs(path)
+        text = table(found) if found else ""
+        return text or UNMEASURED.format(device="result", command=f"python -m {module}")
     if plain == "bayes":
         text = tables.table(records.read_runs(bayes.RESULTS))
         return text or UNMEASURED.format(device="result", command="python -m benchmarks.bayes")

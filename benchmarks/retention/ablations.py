@@ -28,7 +28,8 @@ def varied(attach: Callable[[Any, Start], nn.Module], *, r: int | None = None, s
 
 def most_used(_: Any, start: Start) -> lora_null.Covariances:
     """Return ``tr(C) I - C``: the directions that C uses most are its least used ones."""
-    return _changed(start, lambda C, _: C.diagonal().sum() * torch.eye(len(C), dtype=C.dtype) - C)
+    matrices = start.covariances.items()
+    return _with(start, {key: C.diagonal().sum() * torch.eye(len(C), dtype=C.dtype) - C for key, C in matrices})
 
 
 def random(_: Any, start: Start) -> lora_null.Covariances:
@@ -39,7 +40,7 @@ def random(_: Any, start: Start) -> lora_null.Covariances:
         X = torch.randn(2 * len(C), len(C), generator=generator)
         return X.T @ X * (C.diagonal().sum() / X.square().sum())
 
-    return _changed(start, draw)
+    return _with(start, {key: draw(C, number) for number, (key, C) in enumerate(start.covariances.items())})
 
 
 @torch.no_grad()
@@ -66,15 +67,14 @@ def as_published(model: Any, start: Start) -> lora_null.Covariances:
         for hook in hooks:
             hook.remove()
 
-    def by_size(_: Tensor, number: int) -> Tensor:
-        values, vectors = torch.linalg.eigh(list(sums.values())[number].double())
+    def by_size(matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix.double())
         C = vectors * values.abs() @ vectors.T
         return (C + C.T) / 2
 
-    return _changed(start, by_size)
+    return _with(start, {key: by_size(matrix) for key, matrix in sums.items()})
 
 
-def _changed(start: Start, change: Callable[[Tensor, int], Tensor]) -> lora_null.Covariances:
+def _with(start: Start, matrices: dict[str, Tensor]) -> lora_null.Covariances:
     old = start.covariances
-    matrices = {key: change(C, number) for number, (key, C) in enumerate(old.items())}
     return lora_null.Covariances(matrices, old.groups, old.tokens, old.metadata)

@@ -106,16 +106,16 @@ def compile_all(archs: tuple[str, ...], tried: bool) -> int:
     """Compile what is not known yet; return how many rows are wrong."""
     import triton
 
-    path, digests = file_of(triton.__version__), {sources("syrk_kernels"), sources("lora_kernels")}
+    path, digests = file_of(triton.__version__), {name: sources(name) for name in ("syrk_kernels", "lora_kernels")}
     lines = path.read_text().splitlines() if path.exists() else []
-    known = {row["key"]: row for row in map(json.loads, lines) if row["sources"] in digests}
+    known = {row["key"]: row for row in map(json.loads, lines) if row["sources"] in digests.values()}
     path.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
     wrong, met = 0, set()
     for arch in archs:
         for kernel, size, dropout, entry in cases(arch, tried):
             for launch in launches(arch, kernel, size, dropout, entry):
                 key = digest_of(f"{arch} {launch.key()}".encode())
-                digest = sources(launch.kernel.fn.__module__.rpartition(".")[2])
+                digest = digests[launch.kernel.fn.__module__.rpartition(".")[2]]
                 if key not in known or known[key]["sources"] != digest:
                     row = {"arch": arch, "kernel": launch.kernel.fn.__name__, "size": size, "dropout": dropout,
                            "tried": bool(entry), "options": launch.options, "sources": digest, "key": key}  # fmt: skip
