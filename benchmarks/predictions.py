@@ -1,17 +1,14 @@
 """What the written models say of accelerators that nobody has measured: arithmetic on paper, labelled as such.
 
 A layer's time is the time of its large products plus its passes over ``(T, d)`` matrices that no product hides, as
-:mod:`lora_null.ops.dispatch` counts them for the way that a call takes.
+:mod:`lora_null.ops.roofline` counts them for the way that a call takes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from lora_null.ops import dispatch
+from lora_null.ops import dispatch, roofline
 
 from . import limits
 from .report import milliseconds
@@ -19,40 +16,11 @@ from .shapes import shapes
 
 _VENDOR = dict.fromkeys(dispatch.PRODUCTS, "cublas")
 PASSES = {
-    "eager": dispatch.SEPARATE_PASSES,
-    "vendor": dispatch.passes(_VENDOR),
-    "vendor, dy read once": dispatch.passes(_VENDOR | {"backward_dy": "triton"}),
-    "fused": dispatch.passes(dict.fromkeys(dispatch.PRODUCTS, "triton")),
+    "eager": roofline.SEPARATE_PASSES,
+    "vendor": roofline.passes(_VENDOR),
+    "vendor, dy read once": roofline.passes(_VENDOR | {"backward_dy": "triton"}),
+    "fused": roofline.passes(dict.fromkeys(dispatch.PRODUCTS, "triton")),
 }
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """Nominal rates: bytes per second, operations per second."""
-
-    name: str
-    bytes_per_s: float
-    bf16_flops_per_s: float
-    fp64_flops_per_s: float
-    source: str
-
-    @property
-    def ceilings(self) -> limits.Ceilings:
-        """The rates in the form that measured ones have."""
-        return limits.Ceilings(self.bytes_per_s, {"bf16": self.bf16_flops_per_s, "fp64": self.fp64_flops_per_s})
-
-
-def accelerators() -> list[Accelerator]:
-    """Return the known accelerators."""
-    entries = json.loads((Path(__file__).parent / "accelerators.json").read_text())
-    return [Accelerator(name=name, **values) for name, values in entries.items()]
-
-
-def linear_ms(accelerator: Accelerator, d: int, T: int, variant: str | None) -> float:
-    """Predict forward and backward of a square adapted layer in bf16, in milliseconds; no variant: the base alone."""
-    products = 2 * 2 * T * d * d / accelerator.bf16_flops_per_s
-    passes = PASSES[variant] if variant else 0
-    return 1e3 * (products + passes * T * d * 2 / accelerator.bytes_per_s)
 
 
 def linear_rows() -> list[tuple[str, ...]]:
@@ -60,12 +28,12 @@ def linear_rows() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("accelerator", "d", "eager / base", *(f"eager / {way}" for way in PASSES if way != "eager"))
     ]
-    for it in accelerators():
+    for name, card in roofline.CARDS.items():
         for d in (2048, 4096, 8192):
-            base = linear_ms(it, d, 8192, None)
-            eager, *ways = (linear_ms(it, d, 8192, variant) for variant in PASSES)
+            base = roofline.linear_seconds(card, 8192, d, d, 0)
+            eager, *ways = (roofline.linear_seconds(card, 8192, d, d, passes) for passes in PASSES.values())
             ratios = (eager / base, *(eager / way for way in ways))
-            rows.append((it.name, str(d), *(f"{ratio:.2f}x" for ratio in ratios)))
+            rows.append((name, str(d), *(f"{ratio:.2f}x" for ratio in ratios)))
     return rows
 
 
@@ -76,11 +44,11 @@ def sample_rows(samples: int = 4, T: int = 8192) -> list[tuple[str, ...]]:
     each sample's output is written once.
     """
     rows: list[tuple[str, ...]] = [("accelerator", "d", f"{samples} samples / forward", "at least")]
-    for it in accelerators():
+    for name, card in roofline.CARDS.items():
         for d in (2048, 4096, 8192):
-            base, one = 2 * T * d * d / it.bf16_flops_per_s, T * d * 2 / it.bytes_per_s
+            base, one = 2 * T * d * d / card.bf16_flops_per_s, T * d * 2 / card.bytes_per_s
             ratios = ((base + passes * one) / base for passes in (4 * samples, samples))
-            rows.append((it.name, str(d), *(f"{ratio:.2f}x" for ratio in ratios)))
+            rows.append((name, str(d), *(f"{ratio:.2f}x" for ratio in ratios)))
     return rows
 
 
@@ -102,15 +70,15 @@ def task_rows() -> list[tuple[str, ...]]:
             shape, 4096, 16, "bf16", 2048, layers=shape.layers, vocab=shape.vocab_size, train_a=False
         ),
     }
-    known = accelerators()
-    rows: list[tuple[str, ...]] = [("task, least time by the written model", *(it.name for it in known))]
+    rows: list[tuple[str, ...]] = [("task, least time by the written model", *roofline.CARDS)]
     for task, work in tasks.items():
-        rows.append((task, *(_least(it, work) for it in known)))
+        rows.append((task, *(_least(card, work) for card in roofline.CARDS.values())))
     return rows
 
 
-def _least(accelerator: Accelerator, work: limits.Work) -> str:
-    limit = accelerator.ceilings.limit_ms(work)
+def _least(card: roofline.Card, work: limits.Work) -> str:
+    rates = limits.Ceilings(card.bytes_per_s, {"bf16": card.bf16_flops_per_s, "fp64": card.fp64_flops_per_s})
+    limit = rates.limit_ms(work)
     assert limit is not None, "the tasks use no dtype whose rate is not assumed"
     return milliseconds(limit)
 
@@ -124,7 +92,7 @@ def markdown(rows: Sequence[tuple[str, ...]]) -> str:
 
 def text() -> str:
     """Return all predictions, with their label."""
-    sources = "\n".join(f"- {it.name}: {it.source}." for it in accelerators())
+    sources = "\n".join(f"- {name}: {card.source}." for name, card in roofline.CARDS.items())
     return (
         "PREDICTION on paper, not a measurement. Rates assumed:\n\n"
         f"{sources}\n\n"

@@ -1,8 +1,10 @@
 """Launch configurations and backend choices as data: a JSON file per architecture, tuned ones per card.
 
 A file maps a kernel's name and the element size of its operands to a list of entries. An entry's ``when``
-holds bounds on the sizes of a call (``d_max``, ``T_min``, ``r_max``, ...); the first entry whose bounds all
-hold is used, and the last one has none. Nothing is tuned while a model trains: two ranks that time the same
+holds bounds on the sizes of a call (``d_max``, ``T_min``, ``r_max``, ...) and on ``fill``, the part of the device's
+multiprocessors that its tiles keep at work: a wide tile asks less of the L2 cache, but there are fewer of them. The
+first entry whose bounds all hold is used, and the last one has none. Nothing is tuned while a model trains: two ranks
+that time the same
 kernels would choose differently, and their sums would differ in the last bits. ``lora-null
 tune`` measures and rewrites the data.
 """
@@ -106,6 +108,10 @@ class LinearConfig(Config):
     TMA: bool = False
     OCCUPANCY: int = 1
 
+    def tiles(self, *, T: int, m: int, **_: int) -> int:
+        """Return how many tiles cover the output ``(T, m)``."""
+        return cdiv(T, self.BLOCK_T) * cdiv(m, self.BLOCK_N)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SyrkConfig(Config):
@@ -120,6 +126,12 @@ class SyrkConfig(Config):
     SLICE_STEPS: int
     TMA: bool = False
     OCCUPANCY: int = 1
+
+    def tiles(self, *, d: int, **_: int) -> int:
+        """Return how many tiles cover the triangle of C ``(d, d)``."""
+        side = max(self.BLOCK_M, self.BLOCK_N)
+        rows = cdiv(d, side)
+        return rows * (rows + 1) // 2 * (side // min(self.BLOCK_M, self.BLOCK_N))
 
 
 C = TypeVar("C", bound=Config)
@@ -237,6 +249,11 @@ def save_tuned(arch: str, over: dict[str, Any]) -> Path:
     return path
 
 
+def cdiv(size: int, block: int) -> int:
+    """Return the number of blocks that cover ``size``."""
+    return -(-size // block)
+
+
 @contextmanager
 def forced(kernel: str, entry: dict[str, Any]) -> Iterator[None]:
     """Within this context give ``kernel`` this configuration whatever the sizes: for the tuning command."""
@@ -247,7 +264,7 @@ def forced(kernel: str, entry: dict[str, Any]) -> Iterator[None]:
         del _forced[kernel]
 
 
-def matches(entry: dict[str, Any], sizes: dict[str, int]) -> bool:
+def matches(entry: dict[str, Any], sizes: dict[str, Any]) -> bool:
     """Say whether every bound in the entry's ``when`` holds; a size that is not given meets any bound."""
     for key, bound in entry.get("when", {}).items():
         name, _, kind = key.rpartition("_")
@@ -261,17 +278,35 @@ def _first(entries: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, An
     return next(entry for entry in entries if matches(entry, sizes))
 
 
-def launch_config(kind: type[C], dtype: torch.dtype, arch: str, *, tma: bool = False, **sizes: int) -> C:
+def launch_config(
+    kind: type[C], dtype: torch.dtype, arch: str, *, tma: bool = False, multiprocessors: int | None = None, **sizes: int
+) -> C:
     """Return the configuration of the kernel of ``kind`` for operands of ``dtype`` and these sizes.
 
-    Entries that use tensor descriptors (``TMA``) are passed over unless ``tma`` says that the operands allow it.
+    Entries that use tensor descriptors (``TMA``) are passed over unless ``tma`` says that the operands allow it. Those
+    that ask for a ``fill`` are judged by the ``multiprocessors`` that the device has.
     """
     entry = _forced.get(kind.kernel)
     if entry is None:
         bits = "32" if dtype.itemsize >= 4 else "16"
         entries = table(arch)["kernels"][kind.kernel][bits]
-        entry = _first([entry for entry in entries if tma or not entry.get("TMA")], sizes)
+        entries = [entry for entry in entries if tma or not entry.get("TMA")]
+        entry = _first([entry for entry in entries if _fills(kind, entry, multiprocessors, sizes)], sizes)
+    return _configured(kind, entry)
+
+
+def _configured(kind: type[C], entry: dict[str, Any]) -> C:
     return kind(**{key: value for key, value in entry.items() if key != "when"})
+
+
+def _fills(kind: Any, entry: dict[str, Any], multiprocessors: int | None, sizes: dict[str, int]) -> bool:
+    """Say whether the tiles of an entry, computed wave by wave, keep as much of the device at work as it asks for."""
+    least = entry.get("when", {}).get("fill_min")
+    if least is None or multiprocessors is None:
+        return True
+    c = _configured(kind, entry)
+    tiles, slots = c.tiles(**sizes), multiprocessors * c.OCCUPANCY
+    return tiles >= least * cdiv(tiles, slots) * slots
 
 
 def backend(operation: str, dtype: torch.dtype, arch: str, **sizes: int) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import config, runtime
+from .config import cdiv
 from .dropout import Dropout, keep_mask
-from .runtime import cdiv, padded, splits_for
+from .runtime import padded, splits_for
 
 __all__ = ["backward_dA", "backward_dx", "backward_dy", "forward", "keep_mask", "project", "supported"]
 
@@ -214,9 +215,10 @@ def _base_and_low_rank(
     aligned = all(runtime.aligned(t) for t in (x, weight, S, factor))
     c = config.launch_config(
         config.LinearConfig, x.dtype, config.architecture(x.device), tma=aligned and x.itemsize == 2,
-        T=T, d=K, m=N, r=R, aligned=int(aligned), dropout=int(dropout > 0),
+        multiprocessors=runtime.multiprocessors(x.device), T=T, d=K, m=N, r=R, aligned=int(aligned),
+        dropout=int(dropout > 0),
     )  # fmt: skip
-    tiles, block_r = cdiv(T, c.BLOCK_T) * cdiv(N, c.BLOCK_N), min(padded(R), c.BLOCK_R)
+    tiles, block_r = c.tiles(T=T, m=N), min(padded(R), c.BLOCK_R)
     words = Dropout.of(dropout, seed)
     scalars = (scaling * words.scale, *words[:3])
     tile = dict(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..system.environment import interprets_triton
 from . import config
+from .config import cdiv
 
 __all__ = [
     "aligned",
-    "cdiv",
     "descriptor",
     "interpreting",
     "launch",
@@ -83,11 +83,6 @@ def descriptor(x: Tensor, *block: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x, list(block))
-
-
-def cdiv(size: int, block: int) -> int:
-    """Return the number of blocks that cover ``size``."""
-    return -(-size // block)
 
 
 def padded(size: int) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import config, runtime
-from .runtime import cdiv
+from .config import cdiv
 
 __all__ = ["covariance_update", "supported"]
 
@@ -48,12 +48,11 @@ def covariance_update(C: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
 def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
     T, d = x.shape
     aligned = runtime.aligned(x)
-    tma = aligned and x.itemsize == 2 and mask is None
-    arch = config.architecture(x.device)
-    c = config.launch_config(config.SyrkConfig, x.dtype, arch, tma=tma, T=T, d=d, aligned=int(aligned))
-    side = max(c.BLOCK_M, c.BLOCK_N)
-    n = cdiv(d, side)
-    tiles = n * (n + 1) // 2 * (side // min(c.BLOCK_M, c.BLOCK_N))
+    c = config.launch_config(
+        config.SyrkConfig, x.dtype, config.architecture(x.device), tma=aligned and x.itemsize == 2 and mask is None,
+        multiprocessors=runtime.multiprocessors(x.device), T=T, d=d, aligned=int(aligned),
+    )  # fmt: skip
+    tiles = c.tiles(d=d)
     splits = runtime.splits_for(tiles, cdiv(T, c.BLOCK_T), c.SLICE_STEPS, x.device, c.OCCUPANCY)
     # a tile of fp64 beside its fp32 sum would not fit into the registers: it goes through a slice of its own
     direct = splits == 1 and C.dtype == torch.float32
@@ -79,7 +78,7 @@ def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
         runtime.launch(
             syrk_kernels.syrk_kernel, (tiles, splits), x.device,
             x, mask, C, part, T, d, tiles, splits, x.stride(0), C.stride(0), **tile,
-            EVEN_D=d % side == 0, MASK=mask is not None, PRECISION="ieee",
+            EVEN_D=d % max(c.BLOCK_M, c.BLOCK_N) == 0, MASK=mask is not None, PRECISION="ieee",
         )  # fmt: skip
     if not direct:
         runtime.launch(

@@ -35,7 +35,7 @@ from ..kernels import config, lora, syrk
 from ..system import extension
 from ..system.environment import fall_back, requested_backend, requested_covariance_backend
 from ..system.tensors import PLAIN_TENSORS
-from . import vendor
+from . import roofline, vendor
 
 PRODUCTS = ("project", "forward", "backward_dy", "backward_dx", "backward_dA")
 COVARIANCE_BACKENDS = ("triton", "compiled", "blocks", "torch")
@@ -79,33 +79,16 @@ class Plan:
         return "\n".join(f"{name:12s} {self.backends[name]:7s} {self.reasons[name]}" for name in PRODUCTS)
 
 
-# Passes over a (T, d) or (T, m) matrix that a product adds to the two large ones of forward and backward, with A
-# frozen: x read; y read and written; dy read twice, or once; dx written, and read inside the large product. Fused
-# products add the low-rank one while it is in registers.
-PASSES = {
-    "project": {"triton": 1, "cublas": 1},
-    "forward": {"triton": 0, "cublas": 2},
-    "backward_dy": {"triton": 1, "cublas": 2},
-    "backward_dx": {"triton": 0, "cublas": 1},
-}
-# The same of separate operations, as PEFT's eager layer makes them.
-SEPARATE_PASSES = 16
-
-
-def passes(backends: dict[str, str]) -> int:
-    """Return the passes over ``(T, d)`` matrices on a GPU beside the two large products, forward and backward."""
-    return sum(ways[backends[product]] for product, ways in PASSES.items())
-
-
 def explain(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, bias: Tensor | None = None, dropout: float = 0.0
 ) -> str:
     """Say which implementation :func:`lora_null.ops.lora_linear` takes for these tensors, and why.
 
     One line per product (projection, forward, the pass over dy, dx, dA), then one that says whether C++ calls them
-    all at once or Python each, and on a GPU one with the passes over memory that this makes; or a single line where the
-    whole call goes through plain torch. Where a compiled model takes another way, the lines say that too. Nothing is
-    computed; the tensors may be on any device.
+    all at once or Python each, and on a GPU one with the passes over memory that this makes and, where the card is
+    known to :mod:`lora_null.ops.roofline`, one with the speed-up over PEFT's eager layer that follows; or a single line
+    where the whole call goes through plain torch. Where a compiled model takes another way, the lines say that too.
+    Nothing is computed; the tensors may be on any device.
     """
     reason = reason_against(x, weight, lora_A, lora_B, bias)
     if reason is not None:
@@ -118,11 +101,18 @@ def explain(
         reason = module.reason_against(x, weight, lora_A, lora_B, bias, None, False)
     caller = "C++     no interpreter between the products" if reason is None else f"Python  {reason}"
     chosen = plan(rows, weight.shape[0], lora_A.shape[0], weight=weight, dropout=dropout)
-    text = f"{chosen}\n{'called from':12s} {caller}"
-    if config.architecture(x.device) == "cpu":
-        return text
-    beside = f"{passes(chosen.backends)} passes over (T, d) beside the two large products"
-    return f"{text}\n{'memory':12s} {beside}, with A frozen; separate operations make {SEPARATE_PASSES}"
+    lines = [str(chosen), f"{'called from':12s} {caller}"]
+    arch = config.architecture(x.device)
+    if arch != "cpu":
+        count = roofline.passes(chosen.backends)
+        lines.append(
+            f"{'memory':12s} {count} passes over (T, d) beside the two large products, with A frozen; "
+            f"separate operations make {roofline.SEPARATE_PASSES}"
+        )
+        (T, d), card = rows.shape, arch.partition(" ")[2]
+        if x.dtype.itemsize == 2 and (told := roofline.story(card, T, d, weight.shape[0], count)):
+            lines.append(f"{'predicted':12s} {told}")
+    return "\n".join(lines)
 
 
 def compiled(x: Tensor, weight: Tensor, lora_B: Tensor, dropout: float = 0.0) -> ModuleType | None:

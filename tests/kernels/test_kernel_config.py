@@ -67,6 +67,40 @@ def test_the_rule_finds_the_tables_that_ship():
             assert config.nearest(known, name, table["shared_memory"]) == name
 
 
+@pytest.mark.parametrize("multiprocessors, wide", [(132, 6144), (114, 5120), (78, 2048)], ids=["SXM", "PCIe", "H20"])
+def test_wide_tiles_where_they_fill_the_device(multiprocessors, wide):
+    """By hand for 132 multiprocessors: 272 tiles of 128 x 256 fill .69 of three waves at d = 4096, 600 .91 of five."""
+    chosen = {
+        d: config.launch_config(
+            config.SyrkConfig, torch.bfloat16, "sm_90", tma=True, multiprocessors=multiprocessors, T=8192, d=d
+        )
+        for d in (1024, 2048, 3072, 4096, 5120, 6144, 8192, 14336)
+    }
+    assert [d for d, c in chosen.items() if c.BLOCK_N == 256] == [d for d in chosen if d >= wide]
+    assert chosen[1024].tiles(d=1024) == 36 and chosen[8192].tiles(d=8192) == 1056
+
+
+def test_the_shipped_tiles_obey_the_arithmetic():
+    """At most 128 accumulators a thread, and the stages in flight fit the shared memory that the table counts on.
+
+    The widest tiles are those of the accumulator budget: 128 of them for each of 256 threads, and the largest step of a
+    power of two of which four stages fit.
+    """
+    for path in config.FOLDER.glob("*.json"):
+        table = config.shipped(path.stem)
+        for kind in (config.LinearConfig, config.SyrkConfig):
+            for bits, entries in table["kernels"][kind.kernel].items():
+                for entry in entries:
+                    c = config._configured(kind, entry)
+                    height, k = (c.BLOCK_T, c.BLOCK_K) if kind is config.LinearConfig else (c.BLOCK_M, c.BLOCK_T)
+                    stage = (height + c.BLOCK_N) * k * int(bits) // 8
+                    assert height * c.BLOCK_N <= 128 * 32 * c.num_warps
+                    assert stage * c.num_stages * c.OCCUPANCY <= table["shared_memory"]
+                    if "fill_min" in entry.get("when", {}):
+                        assert height * c.BLOCK_N == 128 * 32 * 8 and (c.num_warps, c.num_stages) == (8, 4)
+                        assert stage * 4 <= table["shared_memory"] < 2 * stage * 4
+
+
 def test_first_entry_whose_bounds_hold():
     entries = [{"when": {"d_max": 10, "T_min": 5}, "n": 1}, {"when": {"d_max": 20}, "n": 2}, {"n": 3}]
     pick = [config._first(entries, s)["n"] for s in ({"d": 10, "T": 5}, {"d": 10, "T": 4}, {"d": 21}, {})]

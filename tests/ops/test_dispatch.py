@@ -10,7 +10,7 @@ from lora_null.kernels import config
 from torch import nn
 
 from lora_null import ops
-from lora_null.ops import dispatch
+from lora_null.ops import dispatch, roofline
 from lora_null.system import extension, log
 
 
@@ -66,8 +66,18 @@ def test_explain_counts_the_passes_over_memory(monkeypatch):
     monkeypatch.setattr(dispatch.config, "architecture", lambda device: "sm_90 a card")
     assert "6 passes over (T, d)" in ops.explain(*operands()).splitlines()[-1]
     way = dict.fromkeys(dispatch.PRODUCTS, "cublas")
-    assert dispatch.passes(way | {"backward_dy": "triton"}) == 5
-    assert dispatch.passes(dict.fromkeys(way, "triton")) == 2
+    assert roofline.passes(way | {"backward_dy": "triton"}) == 5
+    assert roofline.passes(dict.fromkeys(way, "triton")) == 2
+
+
+def test_explain_predicts_for_a_known_card(monkeypatch):
+    """In the numbers of the page of predictions."""
+    x, W = torch.empty(2, 4096, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(4096, 4096, device="meta")
+    A, B = torch.empty(16, 4096, device="meta"), torch.empty(4096, 16, device="meta")
+    monkeypatch.setattr(dispatch.config, "architecture", lambda device: "sm_90 NVIDIA H200")
+    last = ops.explain(x, W.bfloat16(), A, B).splitlines()[-1]
+    assert last.startswith("predicted    1.16 of the speed of separate operations, at 700 TFLOP/s and 4.80 TB/s")
+    assert "predicted" not in ops.explain(x.float(), W, A, B)
 
 
 def test_explain_without_cpp(monkeypatch):
