@@ -35,6 +35,7 @@ def shift(layer: Any, adapter_name: str, lora_A: Tensor, lora_B: Tensor) -> None
     layer.other_param_names = (*layer.other_param_names, _STARTED)
     layer.register_forward_hook(_add_back, with_kwargs=True)
     layer.unload_and_optionally_merge_module = partial(_unload, layer)
+    layer.update_layer = partial(_update_layer, layer)
 
 
 def shift_of(layer: Any) -> Initial | None:
@@ -86,15 +87,18 @@ def require_unreading(adapter_name: str, peft_config: Any) -> None:
     start = shifting_start(getattr(peft_config, "init_lora_weights", None))
     dora, kasa = getattr(peft_config, "use_dora", False), getattr(peft_config, "kasa_config", None)
     if start or dora or kasa:
-        raise _reading(adapter_name, f"init_lora_weights={start!r}" if start else "use_dora" if dora else "kasa_config")
+        what = f"init_lora_weights={start!r}" if start else "use_dora" if dora else "kasa_config"
+        raise ValueError(
+            f"The adapter {adapter_name!r} has {what}, by which PEFT computes with the base weights or moves them, but "
+            "those in memory are shifted for another adapter (train='ab'). Expected plain LoRA beside it; use a "
+            "freshly loaded model for this one."
+        )
 
 
-def _reading(adapter_name: str, what: str) -> ValueError:
-    return ValueError(
-        f"The adapter {adapter_name!r} has {what}, by which PEFT computes with the base weights or moves them, but "
-        "those in memory are shifted for another adapter (train='ab'). Expected plain LoRA beside it; use a freshly "
-        "loaded model for this one."
-    )
+def _update_layer(layer: Any, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+    """Let PEFT make a further adapter of the layer, whoever asks: a model of transformers asks nobody else."""
+    require_unreading(adapter_name, config)
+    type(layer).update_layer(layer, adapter_name, *args, config=config, **kwargs)
 
 
 def keep_apart(peft_model: PeftModel) -> None:
@@ -160,10 +164,6 @@ def _add_back(layer: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -
     x = args[0] if args else kwargs["x"]
     names = kwargs.get("adapter_names")
     times: Any
-    for name in layer.lora_magnitude_vector:
-        # A model of transformers has taken it, which asks nobody.
-        if name in layer.active_adapters and not layer.disable_adapters:
-            raise _reading(name, "use_dora")
     if layer.disable_adapters:
         times = 1
     elif names is None:

@@ -316,19 +316,23 @@ class TestFactorsAsTheyAre:
             assert torch.equal(logits(model), want) and model.state_dict().keys() == keys
 
     @pytest.mark.parametrize("loaded", [False, True], ids=["added", "loaded"])
-    def test_one_that_reads_the_base_of_a_model_of_transformers(self, start, llama, same, tmp_path, loaded):
-        foreign(llama, tmp_path, use_dora=True)
+    @pytest.mark.parametrize(
+        "options",
+        [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}],
+        ids=str,
+    )
+    def test_one_that_reads_or_moves_the_base_of_a_model_of_transformers(self, start, llama, tmp_path, loaded, options):
+        foreign(llama, tmp_path, **options)
         model = learn(start(wrapped=False))
-        want = logits(model)
-        if loaded:
-            model.load_adapter(str(tmp_path), "other")
-        else:
-            model.add_adapter(config(use_dora=True), "other")
-        model.set_adapter("other")
-        with pytest.raises(ValueError, match="'other' has use_dora"):
-            logits(model)
-        model.set_adapter("default")
-        assert torch.equal(logits(model), want)
+        want, state = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match="those in memory are shifted for another adapter"):
+            if loaded:
+                model.load_adapter(str(tmp_path), "other")
+            else:
+                model.add_adapter(config(**options), "other")
+        after = model.state_dict()
+        assert torch.equal(logits(model), want) and after.keys() == state.keys()
+        assert all(torch.equal(value, after[key]) for key, value in state.items())
 
     def test_the_class_is_asked_to_save(self, start, llama, same, tmp_path):
         for train in ("b", "b_in_basis"):
