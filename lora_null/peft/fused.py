@@ -23,26 +23,18 @@ class FusedLoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``x (..., d)`` to ``(..., m)``, as PEFT does."""
         # Of several adapters, this layer may hold one.
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        reason = _reason_against(self, names, x, args, kwargs)
-        if reason is not None:
-            if reason:
-                fall_back("A LoRA layer", reason, "PEFT's own forward")
+        held = self.lora_A
+        names = [name for name in self.active_adapters if name in held]
+        found = _operands(self, names, x, args, kwargs)
+        if isinstance(found, str):
+            if found:
+                fall_back("A LoRA layer", found, "PEFT's own forward")
             return super().forward(x, *args, **kwargs)
+        weight, lora_A, lora_B, bias = found
         (name,) = names
-        base: Any = self.get_base_layer()
-        lora_A: Any = self.lora_A[name]
-        lora_B: Any = self.lora_B[name]
-        dropout = self.lora_dropout[name]
-        return ops.lora_linear(
-            x,
-            base.weight,
-            lora_A.weight,
-            lora_B.weight,
-            scaling=self.scaling[name],
-            bias=base.bias,
-            dropout=dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
-        )
+        scaling, module = self.scaling[name], self.lora_dropout[name]
+        dropout = module.p if isinstance(module, nn.Dropout) and self.training else 0.0
+        return ops.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout=dropout)
 
     def _get_name(self) -> str:
         """Return the name that PEFT's reports, such as ``get_layer_status``, show: it is PEFT's layer as before."""
@@ -102,8 +94,12 @@ def use_fused_kernels(peft_model: nn.Module) -> FusedKernels:
     return FusedKernels(tuple(patched), skipped)
 
 
-def _reason_against(layer: lora.Linear, names: list[str], x: Tensor, args: tuple, kwargs: dict) -> str | None:
-    """Say why the fused operation cannot take this call; ``""`` for states in which PEFT skips the adapters."""
+def _operands(layer: lora.Linear, names: list[str], x: Tensor, args: tuple, kwargs: dict) -> str | tuple[Any, ...]:
+    """Return W, A, B and the bias, or say why the fused operation cannot take this call.
+
+    That is ``""`` for states in which PEFT skips the adapters. Nothing is looked up twice: torch takes longer to find a
+    module or a parameter than to check it.
+    """
     if layer.disable_adapters or layer.merged or not names:
         return ""
     if len(names) > 1:
@@ -113,16 +109,17 @@ def _reason_against(layer: lora.Linear, names: list[str], x: Tensor, args: tuple
     (name,) = names
     if name in layer.lora_variant:
         return f"the variant {type(layer.lora_variant[name]).__name__}"
-    if layer.lora_B[name].bias is not None or layer.fan_in_fan_out:
+    base, lora_A, lora_B = inner = (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name])
+    if lora_B.bias is not None or layer.fan_in_fan_out:
         return "lora_bias or fan_in_fan_out"
-    inner = (layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name])
-    if any(module.weight.ndim != 2 for module in inner):
+    weights: tuple[Any, ...] = (base.weight, lora_A.weight, lora_B.weight)
+    if any(weight.ndim != 2 for weight in weights):
         return "flattened (FSDP1) parameters"
-    if any(_hooked(module) for module in inner):
+    if any(map(_hooked, inner)):
         return "hooks on a layer inside it, which the fused operation does not call"
-    if x.device != layer.get_base_layer().weight.device:
+    if x.device != weights[0].device:
         return "an offloaded base weight"
-    return None
+    return *weights, base.bias
 
 
 def _hooked(module: nn.Module) -> bool:
