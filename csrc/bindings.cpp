@@ -65,7 +65,8 @@ std::optional<std::string> reason_against(py::handle x, py::handle weight, py::h
   return reason == nullptr ? std::nullopt : std::optional<std::string>(reason);
 }
 
-// (y, S), or None where Python has to do the call, or to say what is wrong with it.
+// y, or (y, S) with the projection, or None where Python has to do the call, or to say what is wrong with it.
+template <bool projection>
 py::object lora_linear(py::handle x, py::handle weight, py::handle lora_A, py::handle lora_B, py::handle bias,
                        py::handle mixing, double scaling) {
   auto call = linear_call(x, weight, lora_A, lora_B, bias, mixing, scaling);
@@ -73,8 +74,9 @@ py::object lora_linear(py::handle x, py::handle weight, py::handle lora_A, py::h
   std::pair<at::Tensor, at::Tensor> outputs;
   {
     py::gil_scoped_release release;
-    outputs = lora_null::lora_linear(lora_null::computed(std::move(*call), false));
+    outputs = lora_null::lora_linear(lora_null::computed(std::move(*call), false), projection);
   }
+  if constexpr (!projection) return py::cast(outputs.first);
   return py::make_tuple(outputs.first, outputs.second);
 }
 
@@ -102,6 +104,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("sources") = C10_STRINGIZE(LORA_NULL_SOURCES);
   module.def("reason_against", &reason_against);
   // Wrapped, errors keep their types: torch.OutOfMemoryError, or that of a Python hook on saved tensors.
-  module.def("lora_linear", torch::wrap_pybind_function(&lora_linear));
+  module.def("lora_linear", torch::wrap_pybind_function(&lora_linear<false>));
+  module.def("lora_linear_and_projection", torch::wrap_pybind_function(&lora_linear<true>));
   module.def("lora_up_linear", torch::wrap_pybind_function(&lora_up_linear));
 }

@@ -5,7 +5,8 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_unsafe_view.h>
-#include <ATen/ops/linear.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -44,28 +45,35 @@ Tensor unrows(const Tensor& matrix, at::IntArrayRef leading) {
   return at::_unsafe_view(matrix, shape);
 }
 
+// A call of the dispatcher takes as long as a small product, also one that does nothing.
+Tensor cast(const Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 // beta = 0 ignores the uninitialised operand; alpha scales before the only rounding.
 Tensor scaled_mm(const Tensor& a, const Tensor& b, double alpha) {
-  return a.new_empty({a.size(0), b.size(1)}).addmm_(a, b, 0, alpha);
+  if (alpha == 1) return at::mm(a, b);
+  return at::empty({a.size(0), b.size(1)}, a.options()).addmm_(a, b, 0, alpha);
 }
 
 // An fp32 result where the vendor offers one: gradients of fp32 factors deserve it.
 Tensor mm_fp32(const Tensor& a, const Tensor& b, double alpha) {
   const auto dtype = a.scalar_type();
   const bool narrow = dtype == at::kBFloat16 || dtype == at::kHalf;
-  if (narrow && a.is_cuda() && !at::Context::hasROCM()) return at::mm(a, b, at::kFloat).mul_(alpha);
-  return scaled_mm(a, b, alpha);
+  if (!narrow || !a.is_cuda() || at::Context::hasROCM()) return scaled_mm(a, b, alpha);
+  const Tensor product = at::mm(a, b, at::kFloat);
+  return alpha == 1 ? product : product.mul_(alpha);
 }
 
 Tensor folded(const Tensor& lora_B, const Tensor& mixing) {
-  return mixing.defined() ? at::mm(lora_B.to(mixing.scalar_type()), mixing) : lora_B;
+  return mixing.defined() ? at::mm(cast(lora_B, mixing.scalar_type()), mixing) : lora_B;
 }
 
 Tensor up(const Tensor& x, const Tensor& weight, const Tensor& S, const Tensor& lora_B, const OptionalTensor& bias,
           const OptionalTensor& mixing, double scaling) {
-  const Tensor B = folded(lora_B, mixing.value_or(Tensor())).to(x.scalar_type());
+  const Tensor B = cast(folded(lora_B, mixing.value_or(Tensor())), x.scalar_type()), W = weight.t();
   // The large product first, and as torch does it: with B = 0, y has the bits of the layer without an adapter.
-  return at::linear(x, weight, bias).addmm_(S, B.t(), 1, scaling);
+  return (bias.has_value() ? at::addmm(*bias, x, W) : at::mm(x, W)).addmm_(S, B.t(), 1, scaling);
 }
 
 // Whether a large product may accumulate at no cost. Those of oneDNN in bf16 take 1 to 6 % longer for it (2-core EPYC).
@@ -80,13 +88,13 @@ Tensor gradient_of_x(const Tensor& dy, const Tensor& weight, const Tensor& dS, c
 
 // dS = s dy B M
 Tensor gradient_of_S(const Tensor& dy, const Tensor& lora_B, const Tensor& mixing, double scaling) {
-  return scaled_mm(dy, folded(lora_B, mixing).to(dy.scalar_type()), scaling);
+  return scaled_mm(dy, cast(folded(lora_B, mixing), dy.scalar_type()), scaling);
 }
 
 // dB = s dy^T S M^T
 Tensor gradient_of_B(const Tensor& dy, const Tensor& S, const Tensor& mixing, double scaling) {
   const Tensor dB = mm_fp32(dy.t(), S, scaling);
-  return mixing.defined() ? at::mm(dB.to(mixing.scalar_type()), mixing.t()) : dB;
+  return mixing.defined() ? at::mm(cast(dB, mixing.scalar_type()), mixing.t()) : dB;
 }
 
 // Behind gradients that were asked for with create_graph=True: only their own gradient raises.
@@ -171,7 +179,7 @@ std::pair<Tensor, Tensor> project_and_apply(const Tensor& x, const Tensor& weigh
                                             const Tensor& lora_B, const OptionalTensor& bias,
                                             const OptionalTensor& mixing, double scaling) {
   Isolated guard;
-  const Tensor flat = rows(x), S = at::mm(flat, lora_A.to(x.scalar_type()).t());
+  const Tensor flat = rows(x), S = at::mm(flat, cast(lora_A, x.scalar_type()).t());
   return {unrows(up(flat, weight, S, lora_B, bias, mixing, scaling), lead(x)), unrows(S, lead(x))};
 }
 
@@ -186,43 +194,42 @@ bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && 
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
                                const Tensor& lora_B, const OptionalTensor& bias, const OptionalTensor& mixing,
-                               double scaling) {
+                               double scaling, bool projection) {
     const auto [y, S] = project_and_apply(x, weight, lora_A, lora_B, bias, mixing, scaling);
     const bool need_x = x.requires_grad(), need_A = lora_A.requires_grad();
     ctx->save_for_backward({need_A ? x : Tensor(), need_x ? weight : Tensor(), need_x ? lora_A : Tensor(),
                             need_x || need_A ? lora_B : Tensor(), lora_B.requires_grad() ? S : Tensor(),
                             mixing.value_or(Tensor())});
-    if (!need_x && !need_A) ctx->mark_non_differentiable({S});
+    if (projection && !need_x && !need_A) ctx->mark_non_differentiable({S});
     ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["m"] = weight.size(0);
-    ctx->saved_data["bias"] = requires_grad(bias);
+    if (requires_grad(bias)) ctx->saved_data["bias"] = true;
     ctx->set_materialize_grads(false);
-    return {y, S};
+    return projection ? variable_list{y, S} : variable_list{y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const variable_list saved = ctx->get_saved_variables();
-    variable_list gradients(7);  // of x, weight, lora_A, lora_B, bias, mixing, scaling
-    if (cotangents[0].defined() || cotangents[1].defined()) compute(ctx, saved, cotangents, gradients);
+    variable_list gradients(8);  // of x, weight, lora_A, lora_B, bias, mixing, scaling, projection
+    const Tensor dS_elsewhere = cotangents.size() == 2 ? cotangents[1] : Tensor();
+    if (cotangents[0].defined() || dS_elsewhere.defined()) compute(ctx, saved, cotangents[0], dS_elsewhere, gradients);
     return once(std::move(gradients), saved, cotangents);
   }
 
-  static void compute(AutogradContext* ctx, const variable_list& saved, const variable_list& cotangents,
-                      variable_list& gradients) {
+  static void compute(AutogradContext* ctx, const variable_list& saved, const Tensor& dy_of_y,
+                      const Tensor& dS_elsewhere, variable_list& gradients) {
     Isolated guard;
     const Tensor &x = saved[0], &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3], &S = saved[4],
                  &mixing = saved[5];
     const double scaling = ctx->saved_data["scaling"].toDouble();
-    const Tensor &dy_of_y = cotangents[0], &dS_elsewhere = cotangents[1];
     const bool has_dy = dy_of_y.defined();
     const auto leading = lead(has_dy ? dy_of_y : dS_elsewhere);
-    const Tensor dy = has_dy ? rows(dy_of_y)
-                             : dS_elsewhere.new_zeros({c10::multiply_integers(leading), ctx->saved_data["m"].toInt()});
+    const Tensor dy =
+        has_dy ? rows(dy_of_y) : dS_elsewhere.new_zeros({c10::multiply_integers(leading), lora_B.size(0)});
     if (lora_B.defined()) {
       Tensor dS = gradient_of_S(dy, lora_B, mixing, scaling);
       if (dS_elsewhere.defined()) dS.add_(rows(dS_elsewhere));
       if (weight.defined()) {
-        const Tensor A = lora_A.to(dS.scalar_type());
+        const Tensor A = cast(lora_A, dS.scalar_type());
         Tensor dx = shared_gradients().take(torch::autograd::get_current_node().get());
         dx = dx.defined() ? dx.addmm_(dS, A).addmm_(dy, weight) : gradient_of_x(dy, weight, dS, A);
         gradients[0] = unrows(dx, leading);
@@ -230,7 +237,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
       if (x.defined()) gradients[2] = mm_fp32(dS.t(), rows(x), 1);
     }
     if (has_dy && S.defined()) gradients[3] = gradient_of_B(dy, rows(S), mixing, scaling);
-    if (has_dy && ctx->saved_data["bias"].toBool()) gradients[4] = dy.sum(0);
+    if (has_dy && ctx->saved_data.count("bias") != 0) gradients[4] = dy.sum(0);
   }
 };
 
@@ -244,7 +251,7 @@ struct LoraUpLinear : torch::autograd::Function<LoraUpLinear> {
     ctx->save_for_backward({x.requires_grad() ? weight : Tensor(), lora_B.requires_grad() ? projected : Tensor(),
                             projected.requires_grad() ? lora_B : Tensor(), mixing.value_or(Tensor())});
     ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["bias"] = requires_grad(bias);
+    if (requires_grad(bias)) ctx->saved_data["bias"] = true;
     ctx->set_materialize_grads(false);
     return apply_projected(x, weight, projected, lora_B, bias, mixing, scaling);
   }
@@ -271,7 +278,7 @@ struct LoraUpLinear : torch::autograd::Function<LoraUpLinear> {
     }
     if (lora_B.defined()) gradients[2] = unrows(gradient_of_S(dy, lora_B, mixing, scaling), lead(dy_of_y));
     if (projected.defined()) gradients[3] = gradient_of_B(dy, rows(projected), mixing, scaling);
-    if (ctx->saved_data["bias"].toBool()) gradients[4] = dy.sum(0);
+    if (ctx->saved_data.count("bias") != 0) gradients[4] = dy.sum(0);
   }
 };
 
@@ -316,10 +323,6 @@ at::ScalarType computed_type(const Tensor& tensor) {
   return stays ? tensor.scalar_type() : at::autocast::get_autocast_dtype(device);
 }
 
-void cast(Tensor& tensor, at::ScalarType type) {
-  if (tensor.scalar_type() != type) tensor = tensor.to(type);
-}
-
 }  // namespace
 
 const char* reason_against(const LinearCall& call, bool projected) {
@@ -344,20 +347,20 @@ const char* reason_against(const LinearCall& call, bool projected) {
 
 LinearCall computed(LinearCall call, bool projected) {
   const auto type = computed_type(call.x);
-  cast(call.x, type);
-  cast(call.weight, type);
-  if (call.bias.has_value()) cast(*call.bias, type);
-  if (projected) cast(call.factor, type);
+  call.x = cast(call.x, type);
+  call.weight = cast(call.weight, type);
+  if (call.bias.has_value()) call.bias = cast(*call.bias, type);
+  if (projected) call.factor = cast(call.factor, type);
   return call;
 }
 
-std::pair<Tensor, Tensor> lora_linear(const LinearCall& call) {
+std::pair<Tensor, Tensor> lora_linear(const LinearCall& call, bool projection) {
   const auto& [x, weight, lora_A, lora_B, bias, mixing, scaling] = call;
   if (!tracked(bias, x, lora_A, lora_B)) {
     return project_and_apply(x, weight, lora_A, lora_B, bias, mixing, scaling);
   }
-  const auto outputs = LoraLinear::apply(x, weight, lora_A, lora_B, bias, mixing, scaling);
-  return {outputs[0], outputs[1]};
+  const auto outputs = LoraLinear::apply(x, weight, lora_A, lora_B, bias, mixing, scaling, projection);
+  return {outputs[0], projection ? outputs[1] : Tensor()};
 }
 
 Tensor lora_up_linear(const LinearCall& call) {

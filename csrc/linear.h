@@ -31,9 +31,9 @@ LinearCall computed(LinearCall call, bool projected);
 
 // The rest is for calls in computed types, against which there is no reason.
 
-// Return y = x W^T + scaling S (B M)^T + bias (..., m) and S = x A^T (..., p), both differentiable once; S only
-// where x or A requires a gradient.
-std::pair<at::Tensor, at::Tensor> lora_linear(const LinearCall& call);
+// Return y = x W^T + scaling S (B M)^T + bias (..., m) and, with `projection`, S = x A^T (..., p), both differentiable
+// once; S only where x or A requires a gradient.
+std::pair<at::Tensor, at::Tensor> lora_linear(const LinearCall& call, bool projection);
 
 // Return y = x W^T + scaling P (B M)^T + bias (..., m).
 at::Tensor lora_up_linear(const LinearCall& call);

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.layout import is_transposed, shape_of
-from ..models.quantised import allow_gradients, is_dense
+from ..models.quantised import allow_gradients, is_dense_matrix
 from ..models.refusals import Target
 from ..models.wrappers import STATE
 from .basis import BasisFactor
@@ -80,19 +80,22 @@ class LoraNullLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x (..., d)`` to ``(..., m)``."""
-        factors = (self.lora_A, self.lora_B) if self.adapter_enabled else (self.initial_A, self.initial_B)
-        base = _base_class(type(self))
-        scaling = self.scaling if self.adapter_enabled else self.stated_scaling
-        if factors[0] is None or factors[1] is None:
+        enabled, base = self.adapter_enabled, _base_class(type(self))
+        down = _registered(self, "_modules", "lora_A" if enabled else "initial_A")
+        up = _registered(self, "_modules", "lora_B" if enabled else "initial_B")
+        if down is None or up is None:
             return base.forward(self, x)
-        lora_A, lora_B = factors[0].weight, factors[1].weight
-        dropout = self.lora_dropout if self.training and self.adapter_enabled else 0.0
-        if base is nn.Linear and is_dense(self):
-            if self.projection_group is not None and self.adapter_enabled and not dropout:
-                y = self.projection_group.forward(self, x)
+        scaling = self.scaling if enabled else self.stated_scaling
+        lora_A, lora_B = _registered(down, "_parameters", "weight"), _registered(up, "_parameters", "weight")
+        dropout = self.lora_dropout if self.training and enabled else 0.0
+        weight: Any = _registered(self, "_parameters", "weight") if base is nn.Linear else None
+        if is_dense_matrix(weight, (self.out_features, self.in_features)):
+            bias = _registered(self, "_parameters", "bias")
+            if self.projection_group is not None and enabled and not dropout:
+                y = self.projection_group.forward(self, x, weight, lora_A, lora_B, bias)
                 if y is not None:
                     return y
-            return ops.lora_linear(x, self.weight, lora_A, lora_B, scaling=scaling, bias=self.bias, dropout=dropout)
+            return ops.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout=dropout)
         # A quantised or otherwise special base keeps its own product; only the low-rank term is ours.
         adapted = nn.functional.dropout(x, dropout) if dropout else x
         low_rank = (adapted @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
@@ -150,6 +153,12 @@ class LoraNullLinear(nn.Linear):
 SAVED_SCALING = "lora_null_scaling"
 # Adapted class by the class it adapts; made on demand for quantised and other special linears.
 _PATCHED: dict[type, type[LoraNullLinear]] = {nn.Linear: LoraNullLinear}
+
+
+def _registered(module: nn.Module, kind: str, name: str) -> Any:
+    """Return ``getattr(module, name)`` in a third of the time: modules and parameters are where Python looks last."""
+    held = module.__dict__[kind]
+    return held[name] if name in held else getattr(module, name)
 
 
 def _require_stated_scaling(layer: LoraNullLinear, prefix: str) -> None:

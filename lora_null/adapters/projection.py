@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from .. import ops
+from ..ops import linear
 from ..ops.dispatch import reason_against
 from ..ops.operation import autocast_dtype, is_observed
 from ..system.log import warn_once
@@ -47,9 +47,6 @@ class AdaptedLinear(Protocol):
     """What a group needs of a layer; :class:`lora_null.LoraNullLinear` is one."""
 
     lora_A: Any
-    lora_B: Any
-    weight: Any
-    bias: Any
     scaling: float
     out_features: int
 
@@ -117,25 +114,36 @@ class ProjectionGroup:
         ``B_i M_i``, once more in the backward, and for its gradient. Gate and up of a 1B LLaMA at r = 128 break
         even at 768 tokens.
         """
-        if x.device.type != "cpu" and x.numel() < _MIN_ELEMENTS_ON_GPU:
+        if not x.is_cpu and x.numel() < _MIN_ELEMENTS_ON_GPU:
             return False
         first = self._factors[0]()
         return first is not None and 2 * x.numel() * (self.size - 1) > 3 * first.shape[0] * self._folded_features
 
-    def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
-        """Apply ``layer`` to ``x (..., d)`` through the shared projection; ``None`` if this call cannot share."""
+    def forward(
+        self, layer: AdaptedLinear, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Apply ``layer``, which holds the tensors given, to ``x (..., d)`` through the shared projection.
+
+        ``None`` if this call cannot share.
+        """
         if is_observed(x):
             # Before anything else: a condition on sizes would bind a graph of dynamic shapes to those that fulfil it.
             return None
-        first, lora_A, lora_B = self._factors[0](), layer.lora_A.weight, layer.lora_B.weight
-        if first is None or not self._may_share(layer, x, first, lora_A, lora_B):
+        first = self._factors[0]()
+        if first is None or not self._may_share(x, first, lora_A):
             return None
         mixing, state = None, _state(first)
         if lora_A is not first:
-            mixing, largest = self._mixing(layer, lora_A, first, state)
+            key = _state(lora_A), state
+            known = self._mixings.get(layer)
+            if known is None or known[0] != key:
+                if reason_against(x, weight, first, lora_A, lora_B, bias) is not None:
+                    return None
+                self._refreshes += known is not None
+                known = self._mixings[layer] = self._mixing_anew(lora_A, first, key)
+            _, mixing, largest, _ = known
             if mixing is None or (largest > _MAX_MIXING_IN_FP16 and _computes_in_fp16(x)):
                 return None
-        scaling, bias = layer.scaling, layer.bias
         entry, circumstances = self._entry, (*_circumstances(x), state)
         if (
             entry is not None
@@ -144,22 +152,27 @@ class ProjectionGroup:
             and entry.circumstances == circumstances
             and id(layer) not in entry.served
         ):
-            entry.served.add(id(layer))
-            if len(entry.served) >= self.size:
-                self._entry = None
-            return ops.lora_up_linear(
-                x, layer.weight, entry.projected, lora_B, scaling=scaling, bias=bias, mixing=mixing
-            )
+            name, P = "lora_up_linear", entry.projected
+            y = linear.call(name, x, weight, P, lora_B, bias, mixing, layer.scaling, may_refuse=True)
+            if y is not None:
+                entry.served.add(id(layer))
+                if len(entry.served) >= self.size:
+                    self._entry = None
+            return y
 
         self._entry = None
-        y, P = ops.lora_linear_and_projection(x, layer.weight, first, lora_B, scaling=scaling, bias=bias, mixing=mixing)
+        name = "lora_linear_and_projection"
+        both = linear.call(name, x, weight, first, lora_B, bias, mixing, layer.scaling, may_refuse=True)
+        if both is None:
+            return None
+        y, P = both
         self._entry = _Entry(self._watch(x), x._version, circumstances, P, {id(layer)})
         if P.grad_fn is not None:
             # a backward frees the graph that a layer called after it would need
-            P.grad_fn.register_hook(partial(_drop_entry, weakref.ref(self)))
+            P.grad_fn.register_prehook(partial(_drop_entry, weakref.ref(self)))
         return y
 
-    def _may_share(self, layer: AdaptedLinear, x: Tensor, first: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    def _may_share(self, x: Tensor, first: Tensor, lora_A: Tensor) -> bool:
         return (
             self.pays(x)
             and type(lora_A) is nn.Parameter  # the replicas of nn.DataParallel hold plain tensors, made anew each time
@@ -169,7 +182,6 @@ class ProjectionGroup:
             # a checkpointed block must do the same in its recomputation as it did at first
             and (self._refreshes < _MAX_REFRESHES or _saved_tensor_hooks() is not None)
             and not x.is_inference()  # has no version, so that a change in place would go unnoticed
-            and reason_against(x, layer.weight, first, lora_A, lora_B, layer.bias) is None
         )
 
     def _watch(self, x: Tensor) -> TensorWeakRef:
@@ -184,19 +196,12 @@ class ProjectionGroup:
         watched.ref = weakref.ref(x, drop)
         return watched
 
-    def _mixing(self, layer: AdaptedLinear, lora_A: Tensor, first: Tensor, state: tuple) -> tuple[Tensor | None, float]:
-        """Return ``M (r, r)`` with ``A = M A_1``, or ``None`` if A left the common row space, and M's largest entry."""
-        key = _state(lora_A), state
-        known = self._mixings.get(layer)
-        if known is not None and known[0] == key:
-            return known[1], known[2]
-        self._refreshes += known is not None
-        return self._mixing_anew(layer, lora_A, first, key)
-
     @torch.no_grad()
-    def _mixing_anew(
-        self, layer: AdaptedLinear, lora_A: Tensor, first: Tensor, key: tuple
-    ) -> tuple[Tensor | None, float]:
+    def _mixing_anew(self, lora_A: Tensor, first: Tensor, key: tuple) -> tuple[tuple, Tensor | None, float, list]:
+        """Return ``key``, M ``(r, r)`` with ``A = M A_1``, its largest entry, and what keeps the key from coming again.
+
+        M is ``None`` if A left the common row space.
+        """
         mixing = row_space_coordinates(lora_A, first)
         if mixing is None:
             warn_once(
@@ -207,8 +212,7 @@ class ProjectionGroup:
         # while they are watched, no other storage gets the identity of these
         watched = [StorageWeakRef(factor.untyped_storage()) for factor in (lora_A, first)]
         largest = 0.0 if mixing is None else float(mixing.abs().max())
-        self._mixings[layer] = key, mixing, largest, watched
-        return mixing, largest
+        return key, mixing, largest, watched
 
 
 def _state(factor: Tensor) -> tuple:

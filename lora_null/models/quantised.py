@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..system.log import warn_once
 from ..system.tensors import PLAIN_TENSORS
-from .layout import matrix_of, shape_of
+from .layout import is_transposed, shape_of
 
 # The attribute of bitsandbytes' Linear4bit that lets its forward repack the weight.
 _REPACKS = "support_avx512bf16_for_cpu"
@@ -19,11 +19,14 @@ _REPACKS = "support_avx512bf16_for_cpu"
 
 def is_dense(linear: nn.Linear) -> bool:
     """Tell whether the weight is a floating-point matrix of torch's own, whole or sharded (``DTensor``)."""
-    weight = getattr(linear, "weight", None)
-    if weight is None:
-        return False
+    m, d = shape_of(linear)
+    return is_dense_matrix(getattr(linear, "weight", None), (d, m) if is_transposed(linear) else (m, d))
+
+
+def is_dense_matrix(weight: Any, shape: tuple[int, int]) -> bool:
+    """Tell the same of the weight of a layer that would hold one of ``shape``."""
     known = type(weight) in PLAIN_TENSORS or hasattr(weight, "full_tensor")
-    return known and weight.is_floating_point() and matrix_of(linear).shape == shape_of(linear)
+    return known and weight.is_floating_point() and weight.shape == shape
 
 
 @torch.no_grad()

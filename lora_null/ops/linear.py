@@ -62,7 +62,7 @@ def lora_linear(
             dropout inside a CUDA graph that is being captured.
     """
     dropout = _dropout_in_effect(dropout, training)
-    return _call("lora_linear", x, weight, lora_A, lora_B, bias, None, scaling, dropout, seed)[0]
+    return call("lora_linear", x, weight, lora_A, lora_B, bias, None, scaling, dropout, seed)
 
 
 def lora_linear_and_projection(
@@ -81,7 +81,7 @@ def lora_linear_and_projection(
     gradients of S come back to this operation, and ``dS A`` joins x's gradient inside this layer's own product.
     With ``mixing`` the layer's own factor is ``M A``, as in :func:`lora_up_linear`.
     """
-    return _call("lora_linear", x, weight, lora_A, lora_B, bias, mixing, scaling)
+    return call("lora_linear_and_projection", x, weight, lora_A, lora_B, bias, mixing, scaling)
 
 
 def lora_up_linear(
@@ -111,10 +111,10 @@ def lora_up_linear(
     Returns:
         ``y (..., m)``. Errors are those of :func:`lora_linear`.
     """
-    return _call("lora_up_linear", x, weight, projected, lora_B, bias, mixing, scaling)
+    return call("lora_up_linear", x, weight, projected, lora_B, bias, mixing, scaling)
 
 
-def _call(
+def call(
     name: str,
     x: Tensor,
     weight: Tensor,
@@ -125,13 +125,18 @@ def _call(
     scaling: float,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    *,
+    may_refuse: bool = False,
 ) -> Any:
     """Check a call and give it to the implementation that :mod:`lora_null.ops.dispatch` names.
 
-    ``lora_linear``, with A as its factor, returns ``(y, S)``; ``lora_up_linear``, with P, returns y.
+    ``name`` is that of one of the functions above: with A as its factor, or P for ``lora_up_linear``. With
+    ``may_refuse`` it returns ``None`` for tensors that only torch's own operators understand.
     """
-    optional = [tensor for tensor in (bias, mixing) if tensor is not None]
-    for tensor in (x, weight, factor, lora_B, *optional):
+    operands: tuple = (x, weight, factor, lora_B)
+    if bias is not None or mixing is not None:
+        operands += tuple(tensor for tensor in (bias, mixing) if tensor is not None)
+    for tensor in operands:
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name}: an operand is a {type(tensor).__name__}; expected torch tensors x, weight, lora_A (or "
@@ -142,6 +147,8 @@ def _call(
         outputs = getattr(compiled, name)(x, weight, factor, lora_B, bias, mixing, float(scaling))
         if outputs is not None:
             return outputs
+    if may_refuse and dispatch.reason_against(x, *operands[1:]) is not None:
+        return None
     projected = name == "lora_up_linear"
     way = dispatch.choose(x, weight, factor, lora_B, bias, mixing, dropout=dropout)
     if way == "torch":
@@ -156,12 +163,14 @@ def _call(
         if projected:
             return linear_autograd.lora_up_linear(x, weight, factor, lora_B, bias, mixing, float(scaling))
         words = _seed(dropout, seed)
-        return linear_autograd.lora_linear(x, weight, factor, lora_B, bias, mixing, float(scaling), dropout, words)
-    if projected:
+        both = linear_autograd.lora_linear(x, weight, factor, lora_B, bias, mixing, float(scaling), dropout, words)
+    elif projected:
         return reference.lora_up_linear(x, weight, factor, lora_B, scaling=scaling, bias=bias, mixing=mixing)
-    return reference.lora_linear_and_projection(
-        x, weight, factor, lora_B, scaling=scaling, bias=bias, mixing=mixing, dropout=dropout, seed=seed
-    )
+    else:
+        both = reference.lora_linear_and_projection(
+            x, weight, factor, lora_B, scaling=scaling, bias=bias, mixing=mixing, dropout=dropout, seed=seed
+        )
+    return both[0] if name == "lora_linear" else both
 
 
 def _dropout_in_effect(dropout: float, training: bool) -> float:

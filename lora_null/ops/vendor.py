@@ -64,6 +64,8 @@ def backward_dA(dS: Tensor, x: Tensor, *, dropout: float = 0.0, seed: int = 0) -
 
 
 def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    if alpha == 1:
+        return torch.mm(a, b)
     # beta = 0 ignores the uninitialised operand; alpha scales before the only rounding.
     return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
 
