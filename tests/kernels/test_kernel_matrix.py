@@ -15,6 +15,15 @@ def test_what_ships_is_recorded_as_sound(path):
     assert not [(row["arch"], matrix.name_of(row)) for row in rows if matrix.complaints(row)]
 
 
+def test_a_digest_covers_what_a_kernel_calls(monkeypatch):
+    lora_kernels = pytest.importorskip("lora_null.kernels.lora_kernels", exc_type=ImportError)
+    kernels = (lora_kernels.outer_kernel, lora_kernels.dy_kernel, lora_kernels.project_kernel)
+    before = [matrix.sources(kernel) for kernel in kernels]
+    monkeypatch.setattr(lora_kernels, "outer_tile", lora_kernels.store_tile)
+    after = [matrix.sources(kernel) for kernel in kernels]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, False, True]
+
+
 def test_the_table_is_that_of_the_records():
     assert len(FILES) >= 2, "Triton 3.6 and the current one"
     assert matrix.PAGE.read_text() == matrix.page(), "run `python tests/support/kernel_matrix.py --table`"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import wgmma
-from lora_null.kernels import config, syrk, tune
+from lora_null.kernels import config, lora, syrk, tune
 from triton_tools import SHARED_MEMORY, Launch, compile_for, intercepted, register_operands, resources, sass, serialised
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -53,6 +54,8 @@ def launches(arch: str, kernel: str, size: int, dropout: float, entry: dict[str,
         if entry:
             patch.setitem(config._forced, kernel, entry)
         tune.workload(kernel, size, torch.bfloat16, "meta", dropout).call()
+        if not entry and kernel == "linear":
+            low_rank_variants(size, dropout)
         if not entry:
             # rows that are no multiple of 16 bytes, or of which some do not count
             patch.setattr(tune, "WIDTH", 4100)
@@ -61,6 +64,15 @@ def launches(arch: str, kernel: str, size: int, dropout: float, entry: dict[str,
             x, mask = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in MASKED)
             syrk.covariance_update(torch.empty(4096, 4096, device="meta"), x, mask)
     return [launch for launch in recorded if "reduce" not in launch.kernel.fn.__name__]
+
+
+def low_rank_variants(T: int, dropout: float) -> None:
+    """Launch the linear at other ranks than the one that is timed, and with a scaling."""
+    for r, scaling in ((16, 1.0), (128, 1.0), (64, 0.5)):
+        shapes = ((T, tune.WIDTH), (tune.WIDTH, tune.WIDTH), (T, r), (tune.WIDTH, r), (r, tune.WIDTH))
+        x, weight, S, B, A = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+        lora.forward(x, weight, S, B, scaling=scaling)
+        lora.backward_dx(x, weight, S, A, dropout=dropout)
 
 
 def examined(launch: Launch, arch: str) -> dict[str, Any]:
@@ -91,10 +103,16 @@ def file_of(version: str) -> Path:
     return RESULTS / f"kernels-triton-{version}.jsonl"
 
 
-def sources(module: str) -> str:
-    """Return a digest of a file of kernels and what it imports: results of other ones are made again."""
-    files = (config.FOLDER.parent / f"{module}.py", config.FOLDER.parent / "tiles.py")
-    return digest_of(b"".join(path.read_bytes() for path in files))
+def sources(kernel: Any) -> str:
+    """Return a digest of a kernel and of all the functions that it calls: results of other texts are made again."""
+    texts, rest = {}, [kernel]
+    while rest:
+        function = rest.pop().fn
+        if function.__name__ not in texts:
+            texts[function.__name__] = inspect.getsource(function)
+            named = (function.__globals__.get(name) for name in function.__code__.co_names)
+            rest += [it for it in named if isinstance(it, type(kernel))]
+    return digest_of("".join(texts[name] for name in sorted(texts)).encode())
 
 
 def digest_of(content: bytes) -> str:
@@ -105,17 +123,20 @@ def digest_of(content: bytes) -> str:
 def compile_all(archs: tuple[str, ...], tried: bool) -> int:
     """Compile what is not known yet; return how many rows are wrong."""
     import triton
+    from lora_null.kernels import lora_kernels, syrk_kernels
 
-    path, digests = file_of(triton.__version__), {name: sources(name) for name in ("syrk_kernels", "lora_kernels")}
+    functions = {**vars(lora_kernels), **vars(syrk_kernels)}
+    digests = {name: sources(it) for name, it in functions.items() if name.endswith("_kernel")}
+    path = file_of(triton.__version__)
     lines = path.read_text().splitlines() if path.exists() else []
-    known = {row["key"]: row for row in map(json.loads, lines) if row["sources"] in digests.values()}
+    known = {row["key"]: row for row in map(json.loads, lines) if row["sources"] == digests.get(row["kernel"])}
     path.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
     wrong, met = 0, set()
     for arch in archs:
         for kernel, size, dropout, entry in cases(arch, tried):
             for launch in launches(arch, kernel, size, dropout, entry):
                 key = digest_of(f"{arch} {launch.key()}".encode())
-                digest = digests[launch.kernel.fn.__module__.rpartition(".")[2]]
+                digest = digests[launch.kernel.fn.__name__]
                 if key not in known or known[key]["sources"] != digest:
                     row = {"arch": arch, "kernel": launch.kernel.fn.__name__, "size": size, "dropout": dropout,
                            "tried": bool(entry), "options": launch.options, "sources": digest, "key": key}  # fmt: skip
@@ -169,6 +190,7 @@ def kernel_of(row: dict[str, Any]) -> str:
         "dx": options.get("TRANSPOSED"),
         "dropout": options.get("DROPOUT"),
         "mask": options.get("MASK"),
+        "one loop": options.get("ONE_LOOP"),
         "ragged": False in [value for name, value in options.items() if name.startswith("EVEN_")],
     }
     return ", ".join([row["kernel"].removesuffix("_kernel"), *(name for name, it in variants.items() if it)])
