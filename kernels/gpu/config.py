@@ -97,7 +97,11 @@ class DyConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(Config):
-    """Of ``lora_kernels.linear_kernel`` and ``linear_tma_kernel``, which walk the tiles in bands of ``GROUP``."""
+    """Of ``lora_kernels.linear_kernel`` and ``linear_tma_kernel``, which walk the tiles in bands of ``GROUP``.
+
+    ``ONE_LOOP``: the second one loads the next tile while it writes this one, where neither scaling nor dropout has
+    to follow the low-rank product (size ``plain``: 1), and up to rank ``BLOCK_R``.
+    """
 
     kernel = "linear"
     BLOCK_T: int
@@ -107,6 +111,7 @@ class LinearConfig(Config):
     GROUP: int
     TMA: bool = False
     OCCUPANCY: int = 1
+    ONE_LOOP: bool = False
 
     def tiles(self, *, T: int, m: int, **_: int) -> int:
         """Return how many tiles cover the output ``(T, m)``."""

@@ -213,14 +213,15 @@ def _base_and_low_rank(
     if T == 0:
         return y
     aligned = all(runtime.aligned(t) for t in (x, weight, S, factor))
+    words = Dropout.of(dropout, seed)
+    scalars = (scaling * words.scale, *words[:3])
+    plain = scalars[0] == 1.0 and dropout == 0.0
     c = config.launch_config(
         config.LinearConfig, x.dtype, config.architecture(x.device), tma=aligned and x.itemsize == 2,
         multiprocessors=runtime.multiprocessors(x.device), T=T, d=K, m=N, r=R, aligned=int(aligned),
-        dropout=int(dropout > 0),
+        dropout=int(dropout > 0), plain=int(plain),
     )  # fmt: skip
     tiles, block_r = c.tiles(T=T, m=N), min(padded(R), c.BLOCK_R)
-    words = Dropout.of(dropout, seed)
-    scalars = (scaling * words.scale, *words[:3])
     tile = dict(
         BLOCK_T=c.BLOCK_T, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=block_r, GROUP=c.GROUP,
         BIAS=bias is not None, DROPOUT=dropout > 0, num_warps=c.num_warps, num_stages=c.num_stages,
@@ -233,6 +234,7 @@ def _base_and_low_rank(
         runtime.launch(
             _kernels().linear_tma_kernel, (programs,), x.device,
             lefts[0], rights[0], lefts[1], rights[1], bias, y, T, N, K, R, N, *scalars, **tile, TRANSPOSED=transposed,
+            ONE_LOOP=c.ONE_LOOP and plain and block_r >= R,
         )  # fmt: skip
     else:
         # to the kernel W is (N, K) and the factor (N, R), whichever way they lie in memory

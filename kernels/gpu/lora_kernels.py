@@ -1,7 +1,8 @@
 """The Triton kernels of the base + LoRA linear. Importing this module imports Triton.
 
 Launchers and the meaning of the shapes are in ``lora.py``. Scalars that depend on the step (``scaling``, the
-dropout words, ``T``) are run-time arguments: a change of value never compiles again.
+dropout words, ``T``) are run-time arguments: a change of value never compiles again, but for a scaling of 1, which
+has a kernel of its own on sm_90.
 """
 
 import triton
@@ -82,26 +83,37 @@ def linear_tma_kernel(
     x_desc, w_desc, s_desc, b_desc, bias_ptr, y_ptr, T, N, K, R, stride_yt, scaling, key0, key1, threshold,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """``linear_kernel`` through tensor descriptors, for 16-bit operands; persistent.
 
     Blocks: x_desc ``[BLOCK_T, BLOCK_K]`` and s_desc ``[BLOCK_T, BLOCK_R]``; of the weight and the factor
     ``[BLOCK_N, BLOCK_K]`` and ``[BLOCK_N, BLOCK_R]``, or with the sides swapped if they are stored TRANSPOSED.
     Outside their matrix they return zeros.
+
+    With ONE_LOOP the low-rank product comes last and without a loop: scaling must be 1, nothing masked and R at most
+    BLOCK_R. The loops over tiles and over K then become one, in which the first loads of a tile run while the tile
+    before is written out; two inner loops, or one that may not run at all, would stay loops of their own.
     """
+    if ONE_LOOP:
+        # there is no descriptor of a matrix without columns; the other form spills registers if it is told so
+        tl.assume(K > 0)
     tiles_t = tl.cdiv(T, BLOCK_T)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, tl.num_programs(0), flatten=ONE_LOOP):
         tile_t, tile_n = grouped(tile, tiles_t, tiles_n, GROUP)
         t0 = tile_t * BLOCK_T
         n0 = tile_n * BLOCK_N
         columns = n0 + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-        acc = descriptor_product(s_desc, b_desc, acc, t0, n0, R, BLOCK_R, TRANSPOSED)
-        acc = acc * tl.cast(scaling, tl.float32)
-        if DROPOUT:
-            acc = tl.where(kept(t0 + tl.arange(0, BLOCK_T), columns, key0, key1, threshold), acc, 0.0)
+        if not ONE_LOOP:
+            acc = descriptor_product(s_desc, b_desc, acc, t0, n0, R, BLOCK_R, TRANSPOSED)
+            acc = acc * tl.cast(scaling, tl.float32)
+            if DROPOUT:
+                acc = tl.where(kept(t0 + tl.arange(0, BLOCK_T), columns, key0, key1, threshold), acc, 0.0)
         acc = descriptor_product(x_desc, w_desc, acc, t0, n0, K, BLOCK_K, TRANSPOSED)
+        if ONE_LOOP:
+            acc = descriptor_step(s_desc, b_desc, acc, t0, n0, 0, TRANSPOSED)
         if BIAS:
             acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         store_tile(y_ptr, acc, t0, n0, T, N, stride_yt, 1, BLOCK_T, BLOCK_N)
@@ -111,13 +123,19 @@ def linear_tma_kernel(
 def descriptor_product(left_desc, right_desc, acc, t0, n0, K, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Return ``acc + L R^T`` of the tile at ``(t0, n0)``, or ``acc + L R`` if R is stored TRANSPOSED."""
     for start in range(0, K, BLOCK_K):
-        left = left_desc.load([t0, start])
-        if TRANSPOSED:
-            right = right_desc.load([start, n0])
-        else:
-            right = right_desc.load([n0, start]).T
-        acc = tl.dot(left, right, acc, out_dtype=tl.float32)
+        acc = descriptor_step(left_desc, right_desc, acc, t0, n0, start, TRANSPOSED)
     return acc
+
+
+@triton.jit
+def descriptor_step(left_desc, right_desc, acc, t0, n0, start, TRANSPOSED: tl.constexpr):
+    """Return what ``descriptor_product`` does, of the one block of columns that begins at ``start``."""
+    left = left_desc.load([t0, start])
+    if TRANSPOSED:
+        right = right_desc.load([start, n0])
+    else:
+        right = right_desc.load([n0, start]).T
+    return tl.dot(left, right, acc, out_dtype=tl.float32)
 
 
 @triton.jit

@@ -66,7 +66,11 @@ def candidates(kernel: str, dtype: torch.dtype, arch: str, size: int) -> Iterato
         for m, n, k, stages, warps, way in tiles:
             common = {**way, "GROUP": 8, "num_warps": warps, "num_stages": stages}
             if kernel == "linear":
-                yield {**common, "BLOCK_T": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": min(k, 64)}
+                entry = {**common, "BLOCK_T": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": min(k, 64)}
+                yield entry
+                # Triton 3.6 and 3.9 do not compile it for sm_100; two programs overlap without it
+                if config.family(arch) == "sm_90" and way.get("OCCUPANCY") == 1:
+                    yield {**entry, "ONE_LOOP": True}
             else:
                 yield {**common, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_T": k, "ATOMIC": tma, "SLICE_STEPS": 6}
         return

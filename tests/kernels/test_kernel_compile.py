@@ -22,10 +22,10 @@ def empty(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def linear_calls(dtype, T, d, m, r, dropout):
+def linear_calls(dtype, T, d, m, r, dropout, scaling=0.5):
     x, dy, weight = (empty(*s, dtype=dtype) for s in ((T, d), (T, m), (m, d)))
     S, A, B, bias = (empty(*s, dtype=dtype) for s in ((T, r), (r, d), (m, r), (m,)))
-    lora.forward(x, weight, S, B, scaling=0.5, bias=bias)
+    lora.forward(x, weight, S, B, scaling=scaling, bias=bias)
     lora.backward_dx(dy, weight, S, A, dropout=dropout)
 
 
@@ -54,6 +54,8 @@ def launches(monkeypatch, arch, dtype):
         if dtype == torch.bfloat16:
             calls(dtype, 8192, 8192, 8192, 128, 0.0)
             calls(dtype, 512, 1024, 512, 16, 0.1)
+            linear_calls(dtype, 8192, 4096, 4096, 32, 0.0, scaling=1.0)
+            linear_calls(dtype, 8192, 4096, 4096, 64, 0.0, scaling=1.0)
             lora.project(empty(8192, 4096, dtype=dtype), empty(256, 4096, dtype=dtype))
             syrk.covariance_update(empty(2048, 2048, dtype=torch.float32), empty(8192, 2048, dtype=dtype))
             syrk.covariance_update(empty(8192, 8192, dtype=torch.float64), empty(8192, 8192, dtype=dtype))
@@ -101,6 +103,27 @@ def test_shipped_configurations(monkeypatch, arch, dtype):
         if "tma" in launch.kernel.fn.__name__ and "cp.async.bulk.tensor" not in ptx:
             complaints.append(f"{name} has no bulk tensor copy")
     assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize("r, scaling, stages", [(32, 1.0, 4), (64, 1.0, 3), (16, 0.5, 4)])
+def test_the_next_tile_is_loaded_while_this_one_is_stored(monkeypatch, r, scaling, stages):
+    """Where neither scaling nor dropout follows the low-rank product: one loop, in which the copies come first."""
+    with intercepted(monkeypatch, "sm_90") as recorded:
+        linear_calls(torch.bfloat16, 8192, 4096, 4096, r, 0.1, scaling)
+        linear_calls(torch.bfloat16, 8192, 4096, 4096, r, 0.0, scaling)
+    forward, masked, again, dx = recorded
+    assert forward.options == again.options and forward.options["num_stages"] == stages
+    assert not masked.options["ONE_LOOP"] and dx.options["ONE_LOOP"]
+    for launch in (forward, dx):
+        text = compile_for(launch, "sm_90").asm["ttgir"]
+        loops = [part.partition("tt.store") for part in text.split("scf.for")[1:]]
+        if launch.options["ONE_LOOP"]:
+            (before, store, after), copy = loops.pop(), "async_tma_copy_global_to_local"
+            assert store and before.count(copy) == 4 and copy not in after
+            assert before.index(copy) < before.index("scf.if", before.index(copy))  # each time, not only at the end
+            assert not loops
+        else:
+            assert scaling != 1.0 and len(loops) == 3
 
 
 @pytest.mark.parametrize("d, r", [(4096, 16), (4096, 128), (4096, 256), (4100, 128)])

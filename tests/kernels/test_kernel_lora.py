@@ -115,21 +115,27 @@ def test_dropout_is_one_mask_in_forward_and_backward(p, multiprocessors):
     close("dA", dA, c.dS.double().t() @ (c.x.double() * kept), c.dS.t() @ dropped)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("T, d, m, r", [(63, 104, 136, 8), (130, 72, 264, 48)])
-def test_linear_through_descriptors(monkeypatch, T, d, m, r, p):
+@pytest.mark.parametrize("one_loop", [False, True])
+@pytest.mark.parametrize("scaling, p", [(0.7, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize("T, d, m, r", [(63, 104, 136, 8), (130, 72, 264, 48), (65, 40, 72, 32)])
+def test_linear_through_descriptors(monkeypatch, T, d, m, r, scaling, p, one_loop):
     if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no TMA")
     entry = {"TMA": True, "OCCUPANCY": 1, "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_R": 32, "GROUP": 2}
-    monkeypatch.setattr(config, "launch_config", lambda kind, *a, **k: kind(**entry, num_warps=4, num_stages=2))
+    entry |= {"ONE_LOOP": one_loop, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(config, "launch_config", lambda kind, *a, **k: kind(**entry))
     monkeypatch.setattr(runtime, "multiprocessors", lambda device: 3)
+    launch, taken = runtime.launch, []
+    monkeypatch.setattr(runtime, "launch", lambda *a, **k: (taken.append(k["ONE_LOOP"]), launch(*a, **k)))
     dtype = torch.float16
     c = Case(T, d, m, r, dtype)
     assert all(runtime.aligned(t) for t in (c.x, c.dy, c.weight, c.S))
-    y = lora.forward(c.x, c.weight, c.S, c.B, scaling=0.7, bias=c.bias)
+    y = lora.forward(c.x, c.weight, c.S, c.B, scaling=scaling, bias=c.bias)
     x, w, s, b, bias = c.like(torch.float64, "x", "weight", "S", "B", "bias")
-    close("y", y, x @ w.t() + 0.7 * s @ b.t() + bias, (c.x @ c.weight.t() + c.bias) + 0.7 * (c.S @ c.B.half().t()))
+    own = (c.x @ c.weight.t() + c.bias) + scaling * (c.S @ c.B.half().t())
+    close("y", y, x @ w.t() + scaling * s @ b.t() + bias, own)
     dx = lora.backward_dx(c.dy, c.weight, c.dS, c.A, dropout=p, seed=11)
+    assert taken == [one_loop and r <= 32 and scaling == 1.0, one_loop and r <= 32 and p == 0.0]
     kept = lora.keep_mask(T, d, dropout=p, seed=11, device=DEVICE) / (1 - p)
     dy, w, ds, a = c.like(torch.float64, "dy", "weight", "dS", "A")
     own = c.dy @ c.weight + (kept * (c.dS @ c.A.half())).half()
