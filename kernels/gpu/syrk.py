@@ -81,7 +81,8 @@ def _launch(C: Tensor, x: Tensor, mask: Tensor | None) -> None:
             EVEN_D=d % max(c.BLOCK_M, c.BLOCK_N) == 0, MASK=mask is not None, PRECISION="ieee",
         )  # fmt: skip
     if not direct:
+        rows = min(32, 4096 // c.BLOCK_N)  # 32 rows of 256 spill with Triton 3.6
         runtime.launch(
-            syrk_kernels.syrk_reduce_kernel, (tiles, c.BLOCK_M // 32), x.device,
-            part, C, d, tiles, splits, C.stride(0), **walk, ROWS=32,
+            syrk_kernels.syrk_reduce_kernel, (tiles, c.BLOCK_M // rows), x.device,
+            part, C, d, tiles, splits, C.stride(0), **walk, ROWS=rows,
         )  # fmt: skip
