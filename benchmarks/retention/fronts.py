@@ -213,9 +213,9 @@ def _equal(chosen: list[tuple[str, str, list[dict], dict]]):
     every = [points(runs, before, common_loss(runs, before)) for _, _, runs, before in chosen]
     heights = [0.8 + 0.22 * max(5, len(found)) for found in every]
     figure, panels = plt.subplots(len(chosen), 2, figsize=(8, 0.3 + sum(heights)), height_ratios=heights, squeeze=False)
-    for row, (model, task, _, _), found in zip(panels, chosen, every, strict=True):
+    for row, (model, task, _, before), found in zip(panels, chosen, every, strict=True):
         order = sorted(found, key=lambda method: -found[method].kept["kl"].value)
-        for axes, name in zip(row, ("kl", "facts"), strict=True):
+        for axes, name in zip(row, ("kl", "knowledge" if before["knowledge"] else "facts"), strict=True):
             for place, method in enumerate(order):
                 kept = found[method].kept[name]
                 assert kept.low is not None and kept.high is not None
@@ -223,8 +223,11 @@ def _equal(chosen: list[tuple[str, str, list[dict], dict]]):
                 axes.errorbar(kept.value, place, xerr=spread, fmt="o", color=_colour(method), markersize=5)
             axes.set_yticks(range(len(order)), order if name == "kl" else [""] * len(order))
             axes.set_xlabel(KEPT[name][0] + (": change" if KEPT[name][1] else ""))
-            axes.margins(y=0.15)
-            axes.axvline(0, color="#444444", linestyle=":", linewidth=1)
+            axes.set_ylim(-0.7, len(order) - 0.3)
+            if KEPT[name][1]:
+                axes.axvline(0, color="#444444", linestyle=":", linewidth=1)
+            else:
+                axes.set_xscale("log")
         row[0].set_title(f"{model}, {task}, at equal task loss", loc="left", fontsize=9)
     figure.tight_layout()
     return figure

@@ -42,8 +42,8 @@ COVARIANCE_BACKENDS = ("triton", "compiled", "blocks", "torch")
 _NAMESPACES = {"triton": lora, "cublas": vendor}
 
 # Multiply-adds T d m below which the two large products of forward and backward take less than 200 us at 500 TFLOP/s.
-# A layer with a fused kernel costs that much in the interpreter alone (120 us of a 2-core EPYC; 42 us where C++ calls
-# the vendor's GEMMs, 72 us in PEFT), so that the GPU would wait, whatever a table says. Not measured on one.
+# A layer with a fused kernel costs that much in the interpreter alone (120 us of a 2-core EPYC; 45 us where C++ calls
+# the vendor's GEMMs, 75 us in PEFT), so that the GPU would wait, whatever a table says. Not measured on one.
 LAUNCH_BOUND = 2.5e10
 
 # Products that apply a dropout mask, which the kernels regenerate and a GEMM has to read.

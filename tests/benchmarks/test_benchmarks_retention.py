@@ -262,7 +262,7 @@ class TestFronts:
         runs = [
             record("LoRA", 1e-3, 0, stop(1, 1.0, 0.4)),
             record("LoRA", 1e-3, 1, stop(1, 1.2, 0.2)),
-            record("LoRA", 3e-3, 0, stop(1, 1.4, 0.1)),
+            record("LoRA", 3e-4, 0, stop(1, 1.4, 0.1)),
             record("LoRA-Null", 3e-3, 0, stop(1, 1.1, 0.1, (-2.0, -3.0))),
             record("full", 1e-5, 0, stop(1, 1.9, 0.0)),  # no contender: it sets no bound
         ]
