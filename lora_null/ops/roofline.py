@@ -56,9 +56,12 @@ def linear_seconds(card: Card, T: int, d: int, m: int, passes: int) -> float:
 
 
 def story(name: str, T: int, d: int, m: int, chosen: int) -> str:
-    """Return in a sentence what ``chosen`` passes mean for a layer on the card ``name``; empty if it is not known."""
+    """Return in a sentence what ``chosen`` passes mean for a layer on the card ``name``; empty if it is not known.
+
+    Empty for a layer of no tokens too, which takes no time by this arithmetic.
+    """
     card = CARDS.get(name)
-    if card is None:
+    if card is None or not T:
         return ""
     separate, ours = (linear_seconds(card, T, d, m, passes) for passes in (SEPARATE_PASSES, chosen))
     return (

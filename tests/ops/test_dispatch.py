@@ -78,6 +78,7 @@ def test_explain_predicts_for_a_known_card(monkeypatch):
     last = ops.explain(x, W.bfloat16(), A, B).splitlines()[-1]
     assert last.startswith("predicted    1.16 of the speed of separate operations, at 700 TFLOP/s and 4.80 TB/s")
     assert "predicted" not in ops.explain(x.float(), W, A, B)
+    assert "predicted" not in ops.explain(x[:, :0], W.bfloat16(), A, B)
 
 
 def test_explain_without_cpp(monkeypatch):
