@@ -31,6 +31,7 @@ from .shifted import (
     initial_of,
     is_shifted,
     keep_apart,
+    keep_configurations,
     require_unreading,
     start_beside,
 )
@@ -82,6 +83,8 @@ def remember(peft_model: Any, adapter_name: str, state: AdapterState) -> None:
                 peft_model.create_or_update_model_card = ModelCard(peft_model)
         if not isinstance(peft_model.__dict__.get("add_adapter"), AddAdapter):
             peft_model.add_adapter = AddAdapter(peft_model)
+    elif is_shifted(peft_model):
+        keep_configurations(peft_model)
     # Without these a model has no way to save adapters: save_pretrained, if any, writes all its weights as they are.
     saves_adapters = isinstance(peft_model, PeftModel) or getattr(peft_model, "_hf_peft_config_loaded", False)
     if saves_adapters and not isinstance(peft_model.__dict__.get("save_pretrained"), SavePretrained):

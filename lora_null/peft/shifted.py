@@ -95,8 +95,27 @@ def require_unreading(adapter_name: str, peft_config: Any) -> None:
         )
 
 
+def keep_configurations(model: Any) -> None:
+    """Let a model of transformers, whose tuner is made anew for each adapter, refuse one before a layer changes."""
+    if not isinstance(model.peft_config, _Configurations):
+        model.peft_config = _Configurations(model.peft_config)
+
+
+class _Configurations(dict):
+    """``peft_config`` of a model on a shifted base: PEFT puts a new one in before it touches the layers."""
+
+    def __setitem__(self, adapter_name: str, peft_config: Any) -> None:
+        if adapter_name not in self:
+            require_unreading(adapter_name, peft_config)
+        super().__setitem__(adapter_name, peft_config)
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles take what is in it unasked."""
+        return type(self), (dict(self),)
+
+
 def _update_layer(layer: Any, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
-    """Let PEFT make a further adapter of the layer, whoever asks: a model of transformers asks nobody else."""
+    """Let PEFT make a further adapter of the layer, also where the model's configurations went with its last one."""
     require_unreading(adapter_name, config)
     type(layer).update_layer(layer, adapter_name, *args, config=config, **kwargs)
 
