@@ -4,14 +4,13 @@ A file maps a kernel's name and the element size of its operands to a list of en
 holds bounds on the sizes of a call (``d_max``, ``T_min``, ``r_max``, ...) and on ``fill``, the part of the device's
 multiprocessors that its tiles keep at work: a wide tile asks less of the L2 cache, but there are fewer of them. The
 first entry whose bounds all hold is used, and the last one has none. Nothing is tuned while a model trains: two ranks
-that time the same
-kernels would choose differently, and their sums would differ in the last bits. ``lora-null
-tune`` measures and rewrites the data.
+that time the same kernels would choose differently, and their sums would differ in the last bits. ``lora-null tune``
+measures and rewrites the data.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -269,7 +268,7 @@ def forced(kernel: str, entry: dict[str, Any]) -> Iterator[None]:
         del _forced[kernel]
 
 
-def matches(entry: dict[str, Any], sizes: dict[str, Any]) -> bool:
+def matches(entry: dict[str, Any], sizes: dict[str, int]) -> bool:
     """Say whether every bound in the entry's ``when`` holds; a size that is not given meets any bound."""
     for key, bound in entry.get("when", {}).items():
         name, _, kind = key.rpartition("_")
@@ -279,7 +278,7 @@ def matches(entry: dict[str, Any], sizes: dict[str, Any]) -> bool:
     return True
 
 
-def _first(entries: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
+def _first(entries: Iterable[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
     return next(entry for entry in entries if matches(entry, sizes))
 
 
@@ -294,9 +293,12 @@ def launch_config(
     entry = _forced.get(kind.kernel)
     if entry is None:
         bits = "32" if dtype.itemsize >= 4 else "16"
-        entries = table(arch)["kernels"][kind.kernel][bits]
-        entries = [entry for entry in entries if tma or not entry.get("TMA")]
-        entry = _first([entry for entry in entries if _fills(kind, entry, multiprocessors, sizes)], sizes)
+        usable = (
+            entry
+            for entry in table(arch)["kernels"][kind.kernel][bits]
+            if (tma or not entry.get("TMA")) and _fills(kind, entry, multiprocessors, sizes)
+        )
+        entry = _first(usable, sizes)
     return _configured(kind, entry)
 
 
