@@ -122,3 +122,14 @@ def projections(monkeypatch):
 
     monkeypatch.setattr(vendor, "project", counting)
     return seen
+
+
+@pytest.fixture
+def own_tables(monkeypatch, tmp_path):
+    """Neither read nor write the user's tuned data of kernels."""
+    from lora_null.kernels import config
+
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path))
+    config.table.cache_clear()
+    yield
+    config.table.cache_clear()
